@@ -1,0 +1,188 @@
+"""The library's verbs: what `import kvcalc` offers, and what each command calls."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from kvcalc import sources
+from kvcalc.errors import KvcalcError, UnsupportedError
+from kvcalc.families import Architecture, describe
+from kvcalc.origin import Origin
+from kvcalc.sizing import SizeReport, size_architecture
+from kvcalc.sources import catalogue
+from kvcalc.strategies import load_strategy, strategy_names
+from kvcalc.units import parse_tokens
+
+TABLE_SCHEMA = "kvcalc.size-table/1"
+
+_LENGTHS = (4096, 32_768, 131_072)
+
+
+class SizeTable(NamedTuple):
+    """Reports of several points, and the models that could not be sized with the reason."""
+
+    reports: tuple[SizeReport, ...]
+    errors: tuple[tuple[str, KvcalcError], ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data; the schema is `kvcalc.size-table/1`."""
+        return {
+            "schema": TABLE_SCHEMA,
+            "reports": [report.to_dict() for report in self.reports],
+            "errors": [
+                {"model": model, "exit_code": error.exit_code, "message": str(error)}
+                for model, error in self.errors
+            ],
+        }
+
+
+def size(
+    model: str | Mapping[str, Any],
+    *,
+    seq: int | str,
+    batch: int = 1,
+    kv_dtype: str = "auto",
+    engine: str = "model",
+    strategy: str = "dynamic",
+    tp: int = 1,
+    pp: int = 1,
+    encoder_seq: int | str | None = None,
+) -> SizeReport:
+    """The exact size of a model's KV cache.
+
+    `model` is a catalogue name, a path (config.json or model folder), a Hugging Face id, or the
+    parsed config itself; `seq` counts the tokens of each of `batch` sequences (`"128k"` is
+    131,072). `engine` says whose layout is counted (`model`: what the architecture must keep),
+    `strategy` how the cache is compressed, `tp` and `pp` over how many ranks it is spread.
+
+    Raises a KvcalcError: InputError and its children for what cannot be read, UnsupportedError
+    where no exact size is known.
+    """
+    architecture, origin = read_model(model)
+    return size_point(
+        architecture,
+        origin,
+        seq=seq,
+        batch=batch,
+        kv_dtype=kv_dtype,
+        engine=engine,
+        strategy=strategy,
+        tp=tp,
+        pp=pp,
+        encoder_seq=encoder_seq,
+    )
+
+
+def size_point(
+    architecture: Architecture,
+    origin: Origin,
+    *,
+    seq: int | str,
+    encoder_seq: int | str | None = None,
+    **point: Any,  # noqa: ANN401 - passed on by name
+) -> SizeReport:
+    """Like `size`, for a model that has been read already."""
+    if encoder_seq is not None:
+        msg = f"{origin.requested} is a decoder without cross attention; leave encoder_seq out"
+        raise UnsupportedError(msg)
+    return size_architecture(architecture, origin=origin, seq_tokens=parse_tokens(seq), **point)
+
+
+def read_model(
+    model: str | Mapping[str, Any], *, revision: str | None = None
+) -> tuple[Architecture, Origin]:
+    """Find a model's config and read it into an Architecture."""
+    config, origin = sources.resolve(model, revision=revision)
+    return describe(config), origin
+
+
+def size_table(
+    models: Sequence[str],
+    *,
+    seqs: Sequence[str],
+    batches: Sequence[int],
+    kv_dtypes: Sequence[str],
+    revision: str | None = None,
+    **point: Any,  # noqa: ANN401 - passed on by name
+) -> SizeTable:
+    """Every combination, model by model; a model that fails leaves its error in its place.
+
+    Without `seqs` each model is sized at a few lengths up to its own maximum.
+    """
+    reports: list[SizeReport] = []
+    errors: list[tuple[str, KvcalcError]] = []
+    for model in models:
+        try:
+            architecture, origin = read_model(model, revision=revision)
+            for seq in seqs or default_lengths(architecture.max_tokens):
+                for batch in batches:
+                    for kv_dtype in kv_dtypes:
+                        report = size_point(
+                            architecture, origin, seq=seq, batch=batch, kv_dtype=kv_dtype, **point
+                        )
+                        reports.append(report)
+        except KvcalcError as error:
+            errors.append((model, error))
+    return SizeTable(tuple(reports), tuple(errors))
+
+
+def default_lengths(max_tokens: int) -> tuple[int, ...]:
+    """A few lengths to show when the user names none: up to the model's maximum, and it last."""
+    if not max_tokens:
+        return _LENGTHS
+    return (*(length for length in _LENGTHS if length < max_tokens), max_tokens)
+
+
+def list_models(pattern: str = "") -> list[dict[str, Any]]:
+    """Catalogue entries whose name, other name, model type or family contains `pattern`."""
+    other_names: dict[str, list[str]] = {}
+    for alias, name in catalogue.aliases().items():
+        other_names.setdefault(name, []).append(alias)
+    wanted = pattern.lower()
+    rows = []
+    for entry in catalogue.entries():
+        row = {
+            "name": entry.name,
+            "model_type": entry.config.get("model_type", ""),
+            "also": other_names.get(entry.name, []),
+            **_sized(entry.config),
+            "completeness": entry.completeness,
+            "source": entry.source,
+            "date": entry.date,
+        }
+        searched = (row["name"], row["model_type"], row["family"], *row["also"])
+        if any(wanted in str(text).lower() for text in searched):
+            rows.append(row)
+    return rows
+
+
+def _sized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Family and cost of a catalogue entry, or why it is refused."""
+    try:
+        architecture = describe(config)
+        origin = Origin(requested="", resolved="", kind="catalogue", detail="")
+        report = size_architecture(architecture, origin=origin, seq_tokens=1)
+    except KvcalcError as error:
+        return {"family": "", "layers": 0, "max_tokens": 0, "bytes_per_token": 0, "refused": str(error)}
+    return {
+        "family": architecture.family,
+        "layers": len(architecture.layers),
+        "max_tokens": architecture.max_tokens,
+        "bytes_per_token": report.bytes_per_token,
+        "refused": "",
+    }
+
+
+def list_strategies(name: str = "") -> list[dict[str, Any]]:
+    """What there is to know about each strategy, or about the one named."""
+    names = [load_strategy(name).name] if name else strategy_names()
+    return [
+        {
+            "name": one,
+            "summary": strategy.SUMMARY,
+            "parameters": dict(strategy.PARAMETERS),
+            "works_on": strategy.WORKS_ON,
+            "source": strategy.SOURCE,
+        }
+        for one in names
+        for strategy in (load_strategy(one).strategy,)
+    ]

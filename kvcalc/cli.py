@@ -1,0 +1,235 @@
+"""The command line: each command resolves its input, calls one library function and renders.
+
+`main` holds the only `except`: it prints one line and turns each kind of error into its exit
+status (0 done, 1 a check or prediction failed, 2 bad input, 3 refused, 70 a bug).
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from typing import Annotated, NoReturn
+
+import typer
+
+from kvcalc import __version__
+from kvcalc.errors import InputError, KvcalcError
+from kvcalc.units import check_count, parse_tokens
+
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+
+OPTION_ALIASES = {
+    "--context": "--seq",
+    "--ctx": "--seq",
+    "--max-model-len": "--seq",
+    "--kv-cache-dtype": "--kv-dtype",
+    "--batch-size": "--batch",
+    "--tensor-parallel-size": "--tp",
+    "--pipeline-parallel-size": "--pp",
+}
+"""Names from other tools that are taken for ours; kept out of the help to keep it readable."""
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+def size(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Catalogue name, config.json, folder or HF id."),
+    ],
+    seq: Annotated[
+        list[str] | None, typer.Option(help="Tokens of a sequence: 128k, 1M, 8192; several.")
+    ] = None,
+    batch: Annotated[list[str] | None, typer.Option(help="Sequences at once; several.")] = None,
+    kv_dtype: Annotated[
+        list[str] | None, typer.Option(help="auto, bf16, fp8, q8_0, int4, …; several.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Whose layout: model, transformers.")] = "model",
+    strategy: Annotated[str, typer.Option(help="Cache strategy, see kvcalc strategies.")] = (
+        "dynamic"
+    ),
+    tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="Show each formula.")] = False,
+    json: Json = False,
+    csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a Markdown table.")] = False,
+) -> None:
+    """Size the KV cache of one or several models, exact to the byte."""
+    from kvcalc import api
+
+    table = api.size_table(
+        models,
+        seqs=[str(parse_tokens(item)) for item in _items(seq)],
+        batches=[_count(item, "--batch") for item in _items(batch)] or [1],
+        kv_dtypes=_items(kv_dtype) or ["auto"],
+        revision=revision,
+        engine=engine,
+        strategy=strategy,
+        tp=tp,
+        pp=pp,
+    )
+    if len(models) == 1 and table.errors:
+        raise table.errors[0][1]
+    if json:
+        from kvcalc.render import data
+
+        single = len(table.reports) == 1 and len(models) == 1 and seq
+        data.write_json(table.reports[0].to_dict() if single else table.to_dict())
+    elif csv or markdown:
+        from kvcalc.render import data
+
+        (data.write_csv if csv else data.write_markdown)(table.reports)
+    elif table.reports:
+        from kvcalc.render import text
+
+        if len(table.reports) == 1:
+            text.print_report(table.reports[0], explain=explain)
+        elif len(models) == 1 and not (seq or batch or kv_dtype or explain):
+            text.print_lengths(table.reports)
+        elif explain:
+            for report in table.reports:
+                text.print_report(report, explain=True)
+        else:
+            text.print_comparison(table.reports)
+    for model, error in table.errors:
+        _complain(f"{model}: {error}")
+    if table.errors:
+        raise typer.Exit(max(error.exit_code for _, error in table.errors))
+
+
+def models(
+    pattern: Annotated[
+        str, typer.Argument(metavar="[FILTER]", help="Part of a name, type or family.")
+    ] = "",
+    json: Json = False,
+) -> None:
+    """List and search the bundled catalogue."""
+    from kvcalc import api
+
+    rows = api.list_models(pattern)
+    if json:
+        from kvcalc.render import data
+
+        data.write_json({"schema": "kvcalc.models/1", "models": rows})
+        return
+    from kvcalc.render import text
+
+    text.print_models(rows, pattern=pattern)
+
+
+def strategies(
+    name: Annotated[str, typer.Argument(metavar="[NAME]", help="Tell about one strategy.")] = "",
+    json: Json = False,
+) -> None:
+    """List the cache strategies with their parameters, defaults and sources."""
+    from kvcalc import api
+
+    rows = api.list_strategies(name)
+    if json:
+        from kvcalc.render import data
+
+        data.write_json({"schema": "kvcalc.strategies/1", "strategies": rows})
+        return
+    from kvcalc.render import text
+
+    text.print_strategies(rows)
+
+
+COMMANDS = {"size": size, "models": models, "strategies": strategies}
+
+
+def application(names: Iterable[str] = COMMANDS) -> typer.Typer:
+    """The Typer application with these commands."""
+    app = typer.Typer(
+        help="How big is the KV cache, does it fit, and what does a cache strategy really cost?",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback(invoke_without_command=True)(_global_options)
+    for name in names:
+        app.command(name)(COMMANDS[name])
+    return app
+
+
+def _global_options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        sys.stdout.write(f"kvcalc {__version__}\n")
+        raise typer.Exit
+
+
+def main() -> NoReturn:
+    """Run the command line and exit with its status."""
+    status = run(sys.argv[1:])
+    if "torch" in sys.modules:
+        sys.exit(status)
+    # Nothing is left to clean up, and taking the interpreter apart object by object would cost a
+    # sixth of the whole run.
+    os._exit(status)
+
+
+def run(arguments: list[str]) -> int:
+    """Run with these arguments; returns the exit status."""
+    # Typer reads every option of every command it has: give it only the one that is called.
+    called = [name for name in arguments[:1] if name in COMMANDS]
+    try:
+        app = application(called or COMMANDS)
+        status = app(_canonical(arguments), prog_name="kvcalc", standalone_mode=False)
+        sys.stdout.flush()
+    except KvcalcError as error:
+        _complain(str(error))
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        _complain("interrupted")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left; what it wanted it has.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if hasattr(error, "format_message"):  # a usage error of Typer's
+            command = getattr(getattr(error, "ctx", None), "command_path", "kvcalc")
+            _complain(f"{error.format_message()} Try: {command} --help")
+            return InputError.exit_code
+        if os.environ.get("KVCALC_DEBUG"):
+            raise
+        _complain(
+            f"bug: {type(error).__name__}: {error}. Please report it; KVCALC_DEBUG=1 shows where"
+        )
+        return EXIT_BUG
+    return status if isinstance(status, int) else 0
+
+
+def _complain(message: str) -> None:
+    sys.stderr.write("kvcalc: " + " ".join(message.split()) + "\n")
+
+
+def _canonical(arguments: list[str]) -> list[str]:
+    def rename(argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        return OPTION_ALIASES.get(name, name) + equals + value
+
+    return [rename(argument) for argument in arguments]
+
+
+def _items(values: list[str] | None) -> list[str]:
+    """Repeated options and comma lists as one list; `131,072` is one number."""
+    items: list[str] = []
+    for value in values or []:
+        grouped = re.fullmatch(r"\d{1,3}(,\d{3})+", value)
+        items += [value] if grouped else value.split(",")
+    return items
+
+
+def _count(text: str, name: str) -> int:
+    digits = text.strip().replace(",", "").replace("_", "")
+    if not re.fullmatch(r"-?\d{1,18}", digits):
+        msg = f"{name} {text[:40]!r} is not a whole number"
+        raise InputError(msg)
+    return check_count(int(digits), name=name, most=2**31 - 1)

@@ -1,0 +1,106 @@
+"""Hugging Face transformers: the storages its own caches keep alive in steady state.
+
+Checked against `cache_utils.py` of transformers 5.23.0 by running it (the tests do), counting the
+unique storages of a cache's tensors after at least one decode step:
+
+- a full layer holds exactly its tokens (`DynamicLayer` concatenates);
+- a window layer shows window - 1 tokens, but they are a view of the window-long tensor of the last
+  step, so min(tokens, window) tokens stay alive. Right after a prefill longer than the window the
+  view is one of the whole prompt, which stays alive until the first decode step: `after_prefill`;
+- MLA is stored as latent and rotary key since 5.15.0; older versions store K and V of every head.
+
+Zero-dimensional constants (the window length that `DynamicSlidingWindowLayer` keeps as an 8-byte
+tensor) are settings, not cache, and are not counted.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import cache
+from importlib import metadata
+
+from kvcalc.config import FieldUse, class_defaults
+from kvcalc.dtypes import StorageFormat
+from kvcalc.errors import UnsupportedError
+from kvcalc.families import Architecture
+from kvcalc.layers import FullAttention, LatentAttention, Layer, SlidingAttention
+
+SOURCE = "transformers cache_utils.py 5.23.0: unique storages alive after a decode step"
+
+CHECKED_VERSION = "5.23.0"
+LATENT_SINCE = (5, 15)
+_STORED = ("fp32", "bf16", "fp16")
+
+
+@cache
+def version() -> str:
+    """The installed transformers, else the one these rules were checked against."""
+    try:
+        return metadata.version("transformers")
+    except metadata.PackageNotFoundError:
+        return CHECKED_VERSION
+
+
+def refuse(architecture: Architecture, *, tp: int, pp: int) -> None:
+    """One device only, and only model types that transformers itself can run."""
+    if (tp, pp) != (1, 1):
+        msg = "engine transformers is sized on one device; use --engine model for --tp and --pp"
+        raise UnsupportedError(msg)
+    if class_defaults(architecture.model_type) is None:
+        msg = (
+            f"transformers {CHECKED_VERSION} has no model_type {architecture.model_type!r}, and "
+            "kvcalc never runs a repository's own code; use --engine model"
+        )
+        raise UnsupportedError(msg)
+    if any(isinstance(layer, SlidingAttention) and layer.window == 1 for layer in architecture.layers):
+        msg = (
+            "transformers never drops tokens of a window of 1 (it slices [-0:]); "
+            "deciding field: sliding_window"
+        )
+        raise UnsupportedError(msg)
+
+
+def auto_dtype(architecture: Architecture) -> FieldUse:
+    """The model's dtype: transformers ignores a declared KV quantisation."""
+    return architecture.model_dtype
+
+
+def check_dtype(dtype: StorageFormat) -> None:
+    """DynamicCache stores what the model computes."""
+    if dtype.name not in _STORED:
+        msg = (
+            f"transformers' DynamicCache stores {', '.join(_STORED)}, not {dtype.name}; "
+            "quantised caches are strategies (kvcalc strategies)"
+        )
+        raise UnsupportedError(msg)
+
+
+def lay_out(layer: Layer) -> Layer:
+    """Latents are expanded by versions before 5.15.0; everything else is as it is."""
+    if isinstance(layer, LatentAttention) and _release(version()) < LATENT_SINCE:
+        return layer.expanded()
+    return layer
+
+
+def transients(
+    layers: Sequence[Layer], *, tokens: int, batch: int, dtype: StorageFormat
+) -> Mapping[str, int]:
+    """`after_prefill_bytes`: what stays alive when all `tokens` came in one prefill."""
+    if not any(isinstance(layer, SlidingAttention) for layer in layers):
+        return {}
+    return {
+        "after_prefill_bytes": sum(
+            _pinned(layer).num_bytes(tokens=tokens, batch=batch, dtype=dtype) for layer in layers
+        )
+    }
+
+
+def _pinned(layer: Layer) -> Layer:
+    if not isinstance(layer, SlidingAttention):
+        return layer
+    return FullAttention(
+        kv_heads=layer.kv_heads, key_dim=layer.key_dim, value_dim=layer.value_dim
+    )
+
+
+def _release(text: str) -> tuple[int, int]:
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)

@@ -1,0 +1,172 @@
+"""Architecture families: from a config to the tuple of layers that a model keeps.
+
+Each module here is one family: its docstring names the paper or model file, `MODEL_TYPES` what it
+claims, `layers(config)` builds the layers. A family is found by the file being here.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from functools import cache
+from typing import Any, NamedTuple, Protocol, cast
+
+from kvcalc.config import ConfigFields, FieldUse, class_defaults
+from kvcalc.dtypes import storage_format
+from kvcalc.errors import ConfigError, InputError, UnsupportedError
+from kvcalc.families._complications import refuse_unclaimed
+from kvcalc.layers import Layer
+
+
+class Family(Protocol):
+    """What a module of this package offers."""
+
+    MODEL_TYPES: frozenset[str]
+    SOURCE: str
+    UNDERSTANDS: frozenset[str]
+
+    @staticmethod
+    def layers(config: ConfigFields) -> tuple[Layer, ...]:
+        """One layer for each decoder layer; ConfigError or UnsupportedError when it cannot."""
+
+
+class Architecture(NamedTuple):
+    """A model as far as its cache is concerned.
+
+    `model_dtype` is what the config names for the weights, `cache_dtype` what it names for the
+    cache (a declared KV quantisation, else the model dtype), each as a FieldUse whose value is a
+    format of `kvcalc.dtypes`. `max_tokens` is the model's own maximum, 0 when the config names
+    none.
+    """
+
+    model_type: str
+    family: str
+    family_source: str
+    layers: tuple[Layer, ...]
+    model_dtype: FieldUse
+    cache_dtype: FieldUse
+    max_tokens: int
+    fields: tuple[FieldUse, ...]
+    notes: tuple[str, ...]
+
+
+@cache
+def families() -> Mapping[str, tuple[str, Family]]:
+    """Model type → (family name, family), over every module of this package."""
+    found: dict[str, tuple[str, Family]] = {}
+    for module in pkgutil.iter_modules(__path__):
+        if module.name.startswith("_"):
+            continue
+        family = cast("Family", importlib.import_module(f"{__name__}.{module.name}"))
+        for model_type in family.MODEL_TYPES:
+            if model_type in found:
+                other = found[model_type][0]
+                msg = f"families {other} and {module.name} both claim {model_type}"
+                raise RuntimeError(msg)
+            found[model_type] = (module.name, family)
+    return found
+
+
+def describe(config: Mapping[str, Any]) -> Architecture:
+    """Read a config (the parsed config.json) into an Architecture.
+
+    Raises ConfigError when a field is malformed and UnsupportedError when no family claims the
+    model type, or a field is present that its family does not understand.
+    """
+    fields = _decoder_fields(config)
+    name, family = families()[fields.model_type]
+    refuse_unclaimed(fields, config, understood=family.UNDERSTANDS)
+    layers = family.layers(fields)
+    max_tokens = fields.optional_count("max_position_embeddings") or 0
+    model_dtype = _model_dtype(config, fields)
+    return Architecture(
+        model_type=fields.model_type,
+        family=name,
+        family_source=family.SOURCE,
+        layers=layers,
+        model_dtype=model_dtype,
+        cache_dtype=_declared_cache_dtype(config, fields) or model_dtype,
+        max_tokens=max_tokens,
+        fields=fields.used,
+        notes=_notes(fields),
+    )
+
+
+def _decoder_fields(config: Mapping[str, Any]) -> ConfigFields:
+    """The level of the config that describes the text decoder."""
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        found = "no model_type" if model_type is None else f"model_type {model_type!r:.60}"
+        msg = f"config has {found}; kvcalc reads the config.json of Hugging Face transformers"
+        raise ConfigError(msg)
+    if model_type in families():
+        return ConfigFields(config, model_type=model_type)
+    text = config.get("text_config")
+    if isinstance(text, Mapping):
+        wrapper = class_defaults(model_type)
+        inner_type = text.get("model_type") or (wrapper.text if wrapper else "")
+        if isinstance(inner_type, str) and inner_type in families():
+            return ConfigFields(text, model_type=inner_type, prefix="text_config.")
+    raise UnsupportedError(_unknown_type(model_type, config))
+
+
+def _unknown_type(model_type: str, config: Mapping[str, Any]) -> str:
+    reason = f"model_type {model_type[:60]!r} is of no family that kvcalc sizes exactly"
+    remote = config.get("auto_map")
+    if isinstance(remote, Mapping) and remote:
+        code = str(remote.get("AutoConfig") or next(iter(remote.values())))[:80]
+        reason += f"; its code lies in the model repository (auto_map: {code}) and is never run"
+    return reason + "; deciding field: model_type"
+
+
+def _model_dtype(config: Mapping[str, Any], fields: ConfigFields) -> FieldUse:
+    for level, prefix in ((fields.data, fields.prefix), (config, "")):
+        for key in ("dtype", "torch_dtype"):
+            value = level.get(key)
+            if value is None or value == "auto":
+                continue
+            return FieldUse(prefix + key, _format_name(prefix + key, value), "config")
+    return FieldUse("dtype", "bf16", "assumed: the config names no dtype; --kv-dtype sets it")
+
+
+def _format_name(key: str, value: object) -> str:
+    try:
+        return storage_format(value if isinstance(value, str) else repr(value)).name
+    except InputError as error:
+        msg = f"config field {key}: {error}"
+        raise ConfigError(msg) from None
+
+
+def _declared_cache_dtype(config: Mapping[str, Any], fields: ConfigFields) -> FieldUse | None:
+    """The KV quantisation that the checkpoint itself declares, if any.
+
+    compressed-tensors writes `kv_cache_scheme: {num_bits, type}`, ModelOpt
+    `kv_cache_quant_algo: "FP8"`.
+    """
+    for level, prefix in ((config, ""), (fields.data, fields.prefix)):
+        quantization = level.get("quantization_config")
+        if not isinstance(quantization, Mapping):
+            continue
+        key = f"{prefix}quantization_config."
+        scheme = quantization.get("kv_cache_scheme")
+        if isinstance(scheme, Mapping):
+            kind = (scheme.get("num_bits"), scheme.get("type"))
+            name = {(8, "float"): "fp8", (8, "int"): "int8", (4, "int"): "int4"}.get(kind)
+            if name is None:
+                msg = f"{key}kv_cache_scheme {kind} is no KV format that kvcalc knows"
+                raise UnsupportedError(msg)
+            return FieldUse(key + "kv_cache_scheme", name, "config")
+        algorithm = quantization.get("kv_cache_quant_algo")
+        if algorithm is not None:
+            return FieldUse(
+                key + "kv_cache_quant_algo",
+                _format_name(key + "kv_cache_quant_algo", algorithm),
+                "config",
+            )
+    return None
+
+
+def _notes(fields: ConfigFields) -> tuple[str, ...]:
+    num_mtp = fields.given("num_nextn_predict_layers")
+    if isinstance(num_mtp, int) and num_mtp > 0:
+        return (f"{num_mtp} multi-token-prediction layer(s) not counted",)
+    return ()

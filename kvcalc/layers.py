@@ -1,0 +1,182 @@
+"""What one decoder layer keeps in the cache: small frozen objects that know their own bytes.
+
+A layer counts what the architecture must keep. Engines and strategies turn a layer into another
+layer; they never change how one counts. Shapes are those of one sequence: K is
+[kv_heads, tokens, key_dim] and V is [kv_heads, tokens, value_dim].
+"""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple, Protocol, Self
+
+from kvcalc.dtypes import StorageFormat
+from kvcalc.errors import UnsupportedError
+
+
+class Rows(NamedTuple):
+    """The shape of one token's rows: `kv_heads` rows of `key_dim` and of `value_dim` values."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+class Layer(Protocol):
+    """One layer's share of the cache."""
+
+    kind: ClassVar[str]
+
+    def num_bytes(self, *, tokens: int, batch: int, dtype: StorageFormat) -> int:
+        """Bytes kept for `batch` sequences of `tokens` tokens each."""
+
+    def breakpoints(self) -> tuple[int, ...] | None:
+        """Lengths at which bytes per token change; None when growth is not piecewise linear."""
+
+    def shard(self, tp: int) -> Self:
+        """The part that one of `tp` tensor-parallel ranks keeps; UnsupportedError if undefined."""
+
+    def keeps(self) -> str:
+        """What is kept for a token, for a person: `8 KV heads × (128 K + 128 V)`."""
+
+    def formula(self, *, tokens: int, dtype: StorageFormat) -> str:
+        """The byte count of one sequence with its numbers in it."""
+
+
+class TokenLayer:
+    """Base of layers that keep rows of K and V for each token kept."""
+
+    __slots__ = ()
+
+    def rows(self) -> Rows:
+        """Shape of one token's rows."""
+        raise NotImplementedError
+
+    def tokens_kept(self, tokens: int) -> int:
+        """How many of `tokens` tokens have their rows in the cache."""
+        return tokens
+
+    def row_bytes(self, dtype: StorageFormat) -> int:
+        """Bytes of one token's K and V rows."""
+        heads, key_dim, value_dim = self.rows()
+        return dtype.row_bytes(heads * key_dim) + dtype.row_bytes(heads * value_dim)
+
+    def num_bytes(self, *, tokens: int, batch: int, dtype: StorageFormat) -> int:
+        """Rows of the tokens kept, for each sequence."""
+        return batch * self.tokens_kept(tokens) * self.row_bytes(dtype)
+
+    def breakpoints(self) -> tuple[int, ...] | None:
+        """One straight line unless a subclass says otherwise."""
+        return ()
+
+    def keeps(self) -> str:
+        """Heads and widths."""
+        heads, key_dim, value_dim = self.rows()
+        return f"{heads} KV head{'s' * (heads > 1)} × ({key_dim} K + {value_dim} V)"
+
+    def tokens_formula(self, tokens: int) -> str:
+        """The token factor of `formula`."""
+        return f"{tokens:,} tokens"
+
+    def formula(self, *, tokens: int, dtype: StorageFormat) -> str:
+        """Rows × bytes of an element × tokens kept."""
+        element = f"{dtype.block_bytes}" + f"/{dtype.block_elements}" * (dtype.block_elements > 1)
+        return f"{self.keeps()} × {element} B × {self.tokens_formula(tokens)}"
+
+
+class _HeadsLayer(TokenLayer):
+    __slots__ = ()
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    def rows(self) -> Rows:
+        return Rows(self.kv_heads, self.key_dim, self.value_dim)
+
+    def shard(self, tp: int) -> Self:
+        heads = _heads_per_rank(self.kv_heads, tp)
+        return replace(self, kv_heads=heads)  # type: ignore[type-var] # subclasses are dataclasses
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FullAttention(_HeadsLayer):
+    """Softmax attention over the whole sequence (MHA, GQA, MQA): every token is kept."""
+
+    kind: ClassVar[str] = "full_attention"
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlidingAttention(_HeadsLayer):
+    """Attention over the last `window` tokens, the new one among them.
+
+    With window 4, token 5 attends to [2 3 4 5]: min(tokens, window) rows must be kept.
+    """
+
+    kind: ClassVar[str] = "sliding_attention"
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int
+
+    def tokens_kept(self, tokens: int) -> int:
+        """At most one window."""
+        return min(tokens, self.window)
+
+    def breakpoints(self) -> tuple[int, ...] | None:
+        """Growth stops when the window is full."""
+        return (self.window,)
+
+    def tokens_formula(self, tokens: int) -> str:
+        """The minimum, spelled out."""
+        return f"min({tokens:,}, window {self.window:,}) tokens"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatentAttention(TokenLayer):
+    """Multi-head latent attention: one compressed latent and one rotary key for each token.
+
+    `num_heads`, `nope_dim` and `head_value_dim` do not change what must be kept; they say what
+    a runtime that expands the latent stores instead.
+    """
+
+    kind: ClassVar[str] = "latent_attention"
+    latent_dim: int
+    rope_dim: int
+    num_heads: int
+    nope_dim: int
+    head_value_dim: int
+
+    def rows(self) -> Rows:
+        """One row: the latent in the place of K, the rotary key in that of V."""
+        return Rows(1, self.latent_dim, self.rope_dim)
+
+    def keeps(self) -> str:
+        """Latent and rotary widths."""
+        return f"(latent {self.latent_dim} + rope key {self.rope_dim})"
+
+    def shard(self, tp: int) -> Self:
+        """Every rank keeps the whole latent: it has no head dimension to split."""
+        del tp
+        return self
+
+    def expanded(self) -> FullAttention:
+        """The K and V of every head, as a runtime stores them that does not keep the latent."""
+        return FullAttention(
+            kv_heads=self.num_heads,
+            key_dim=self.nope_dim + self.rope_dim,
+            value_dim=self.head_value_dim,
+        )
+
+
+def _heads_per_rank(kv_heads: int, tp: int) -> int:
+    """KV heads of one rank: split evenly, or replicated when there are fewer heads than ranks."""
+    if kv_heads % tp == 0:
+        return kv_heads // tp
+    if tp % kv_heads == 0:
+        return 1
+    msg = (
+        f"{kv_heads} KV heads can be neither split evenly over --tp {tp} nor replicated; "
+        f"use a tp that divides {kv_heads} or is a multiple of it"
+    )
+    raise UnsupportedError(msg)

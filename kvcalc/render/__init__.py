@@ -1,0 +1,1 @@
+"""What people and programs read: renderables know no domain rules, and only `text` imports rich."""

@@ -1,0 +1,60 @@
+"""Reports as JSON, CSV and Markdown, written straight to standard output."""
+
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from kvcalc.sizing import SizeReport
+from kvcalc.units import format_bytes
+
+_CSV_COLUMNS = (
+    "model",
+    "resolved_model",
+    "model_type",
+    "family",
+    "engine",
+    "strategy",
+    "kv_dtype",
+    "seq_tokens",
+    "batch",
+    "tp",
+    "pp",
+    "total_bytes",
+    "bytes_per_rank",
+    "bytes_per_sequence",
+    "bytes_per_token",
+    "provenance",
+)
+
+
+def write_json(data: dict[str, Any]) -> None:
+    """One JSON object and a newline."""
+    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_csv(reports: Sequence[SizeReport]) -> None:
+    """A header and one row for each report; byte counts are integers."""
+    import csv
+
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    for report in reports:
+        data = report.to_dict()
+        writer.writerow([data[column] for column in _CSV_COLUMNS])
+
+
+def write_markdown(reports: Sequence[SizeReport]) -> None:
+    """A pipe table, one row for each report."""
+    lines = [
+        "| model | tokens | batch | dtype | KV cache | bytes | bytes/token | per rank |",
+        "|---|---:|---:|---|---:|---:|---:|---:|",
+    ]
+    lines += [
+        f"| {report.origin.resolved.replace('|', chr(92) + '|')} | {report.seq_tokens:,} "
+        f"| {report.batch} | {report.kv_dtype} | {format_bytes(report.total_bytes)} "
+        f"| {report.total_bytes:,} | {report.bytes_per_token:,} "
+        f"| {format_bytes(report.bytes_per_rank)} |"
+        for report in reports
+    ]
+    sys.stdout.write("\n".join(lines) + "\n")

@@ -1,0 +1,335 @@
+"""From an architecture and a point (tokens, batch, dtype, engine, strategy) to exact bytes.
+
+Everything is integer addition over the layers; no I/O. The result keeps what it was made of.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from kvcalc.config import FieldUse
+from kvcalc.dtypes import StorageFormat, storage_format
+from kvcalc.engines import Engine, load_engine
+from kvcalc.errors import UnsupportedError
+from kvcalc.families import Architecture
+from kvcalc.layers import Layer
+from kvcalc.origin import Origin
+from kvcalc.strategies import ChosenStrategy, load_strategy
+from kvcalc.units import MAX_TOKENS, ceil_div, check_count, format_bytes
+
+SCHEMA = "kvcalc.size/1"
+BASELINE = "dynamic"
+
+MAX_BATCH = 2**31 - 1
+MAX_RANKS = 2**16
+
+
+class LayerSize(NamedTuple):
+    """One layer's share. `bytes` is for all sequences and all ranks."""
+
+    index: int
+    kind: str
+    bytes: int
+    keeps: str
+
+
+class LayerGroup(NamedTuple):
+    """Layers that keep the same. Byte counts are for all ranks; `bytes_per_layer` and
+    `total_bytes` for all sequences, `bytes_per_token` for one more token of one sequence.
+    """
+
+    kind: str
+    indices: tuple[int, ...]
+    keeps: str
+    formula: str
+    bytes_per_layer: int
+    total_bytes: int
+    bytes_per_token: int
+
+
+class Segment(NamedTuple):
+    """A stretch of lengths with one slope: bytes(n) = fixed_bytes + bytes_per_token × n.
+
+    For one sequence, all ranks, from `from_tokens` up to the next segment.
+    """
+
+    from_tokens: int
+    fixed_bytes: int
+    bytes_per_token: int
+
+
+class SizeReport(NamedTuple):
+    """The exact size of a cache and what it was made of. All counts are bytes, all ranks unless
+    a name says otherwise.
+
+    - `total_bytes`: all sequences; `bytes_per_sequence`: one of them.
+    - `bytes_per_rank`: the largest share that one rank keeps.
+    - `bytes_per_token`: one more token of one sequence at this length (negative where a strategy
+      packs its tail at that token).
+    - `segments`: the whole line; empty when growth is not piecewise linear.
+    - `transients`: states that pass, such as what a long prefill pins until the first decode step.
+    """
+
+    origin: Origin
+    model_type: str
+    family: str
+    family_source: str
+    engine: str
+    engine_source: str
+    strategy: str
+    seq_tokens: int
+    max_tokens: int
+    batch: int
+    tp: int
+    pp: int
+    kv_dtype: str
+    kv_dtype_origin: str
+    total_bytes: int
+    bytes_per_rank: int
+    bytes_per_sequence: int
+    bytes_per_token: int
+    groups: tuple[LayerGroup, ...]
+    segments: tuple[Segment, ...]
+    transients: Mapping[str, int]
+    fields: tuple[FieldUse, ...]
+    notes: tuple[str, ...]
+    provenance: str = "exact"
+
+    @property
+    def layers(self) -> tuple[LayerSize, ...]:
+        """One entry for each decoder layer, in order."""
+        sizes = [
+            LayerSize(index, group.kind, group.bytes_per_layer, group.keeps)
+            for group in self.groups
+            for index in group.indices
+        ]
+        return tuple(sorted(sizes, key=lambda size: size.index))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-ready data; the schema is `kvcalc.size/1`."""
+        return {
+            "schema": SCHEMA,
+            "model": self.origin.requested,
+            "resolved_model": self.origin.resolved,
+            "model_type": self.model_type,
+            "family": self.family,
+            "engine": self.engine,
+            "strategy": self.strategy,
+            "seq_tokens": self.seq_tokens,
+            "max_tokens": self.max_tokens,
+            "batch": self.batch,
+            "tp": self.tp,
+            "pp": self.pp,
+            "kv_dtype": self.kv_dtype,
+            "kv_dtype_origin": self.kv_dtype_origin,
+            "total_bytes": self.total_bytes,
+            "bytes_per_rank": self.bytes_per_rank,
+            "bytes_per_sequence": self.bytes_per_sequence,
+            "bytes_per_token": self.bytes_per_token,
+            "provenance": self.provenance,
+            "segments": [segment._asdict() for segment in self.segments],
+            "transients": dict(self.transients),
+            "layers": [layer._asdict() for layer in self.layers],
+            "rules": {"family": self.family_source, "engine": self.engine_source},
+            "fields": [field._asdict() for field in self.fields],
+            "source": {
+                "kind": self.origin.kind,
+                "detail": self.origin.detail,
+                "completeness": self.origin.completeness,
+            },
+            "notes": list(self.notes),
+        }
+
+
+def size_architecture(
+    architecture: Architecture,
+    *,
+    origin: Origin,
+    seq_tokens: int,
+    batch: int = 1,
+    kv_dtype: str = "auto",
+    engine: str = "model",
+    strategy: str = BASELINE,
+    tp: int = 1,
+    pp: int = 1,
+) -> SizeReport:
+    """Size one point. Raises InputError for a value out of range and UnsupportedError where the
+    combination has no exact size.
+    """
+    check_count(seq_tokens, name="seq", most=MAX_TOKENS)
+    check_count(batch, name="batch", most=MAX_BATCH)
+    check_count(tp, name="tp", most=MAX_RANKS)
+    check_count(pp, name="pp", most=MAX_RANKS)
+    runtime = load_engine(engine)
+    chosen = load_strategy(strategy)
+    runtime.refuse(architecture, tp=tp, pp=pp)
+    dtype_use = _dtype(architecture, runtime, chosen, kv_dtype)
+    dtype = storage_format(str(dtype_use.value))
+    runtime.check_dtype(dtype)
+    stored = _stored_layers(architecture, runtime, chosen)
+    groups = tuple(
+        _group(layer, indices, tokens=seq_tokens, batch=batch, tp=tp, dtype=dtype)
+        for layer, indices in stored.items()
+    )
+    total_bytes = sum(group.total_bytes for group in groups)
+    unsharded_bytes = sum(
+        len(indices) * layer.num_bytes(tokens=seq_tokens, batch=batch, dtype=dtype)
+        for layer, indices in stored.items()
+    )
+    return SizeReport(
+        origin=origin,
+        model_type=architecture.model_type,
+        family=architecture.family,
+        family_source=architecture.family_source,
+        engine=engine,
+        engine_source=runtime.SOURCE,
+        strategy=chosen.spec,
+        seq_tokens=seq_tokens,
+        max_tokens=architecture.max_tokens,
+        batch=batch,
+        tp=tp,
+        pp=pp,
+        kv_dtype=dtype.name,
+        kv_dtype_origin=dtype_use.origin,
+        total_bytes=total_bytes,
+        bytes_per_rank=_bytes_per_rank(groups, tp=tp, pp=pp),
+        bytes_per_sequence=sum(
+            len(indices) * _all_ranks(layer, tokens=seq_tokens, batch=1, tp=tp, dtype=dtype)
+            for layer, indices in stored.items()
+        ),
+        bytes_per_token=sum(group.bytes_per_token for group in groups),
+        groups=groups,
+        segments=_segments(stored, tp=tp, dtype=dtype),
+        transients=runtime.transients(
+            tuple(layer for layer, indices in stored.items() for _ in indices),
+            tokens=seq_tokens,
+            batch=batch,
+            dtype=dtype,
+        ),
+        fields=architecture.fields,
+        notes=_notes(
+            architecture,
+            origin,
+            seq_tokens=seq_tokens,
+            stored_more=total_bytes - unsharded_bytes,
+        ),
+    )
+def _dtype(
+    architecture: Architecture, runtime: Engine, chosen: ChosenStrategy, requested: str
+) -> FieldUse:
+    """The storage format and why: the user's, or `auto`.
+
+    Strategies other than the baseline start from the model's dtype: a KV quantisation that the
+    checkpoint declares is for serving engines.
+    """
+    if requested.strip().lower() != "auto":
+        return FieldUse("kv_dtype", storage_format(requested).name, "asked for")
+    if chosen.name != BASELINE:
+        return architecture.model_dtype
+    return runtime.auto_dtype(architecture)
+
+
+def _stored_layers(
+    architecture: Architecture, runtime: Engine, chosen: ChosenStrategy
+) -> dict[Layer, list[int]]:
+    """Each distinct stored layer with the indices of the decoder layers that are like it."""
+    indices: dict[Layer, list[int]] = {}
+    for index, layer in enumerate(architecture.layers):
+        indices.setdefault(layer, []).append(index)
+    stored: dict[Layer, list[int]] = {}
+    for layer, places in indices.items():
+        stored.setdefault(chosen.apply(runtime.lay_out(layer)), []).extend(places)
+    return stored
+
+
+def _all_ranks(layer: Layer, *, tokens: int, batch: int, tp: int, dtype: StorageFormat) -> int:
+    return tp * layer.shard(tp).num_bytes(tokens=tokens, batch=batch, dtype=dtype)
+
+
+def _group(
+    layer: Layer, indices: list[int], *, tokens: int, batch: int, tp: int, dtype: StorageFormat
+) -> LayerGroup:
+    def one_sequence(length: int) -> int:
+        return _all_ranks(layer, tokens=length, batch=1, tp=tp, dtype=dtype)
+
+    per_layer = _all_ranks(layer, tokens=tokens, batch=batch, tp=tp, dtype=dtype)
+    return LayerGroup(
+        kind=layer.kind,
+        indices=tuple(sorted(indices)),
+        keeps=layer.keeps(),
+        formula=_formula(layer, tokens=tokens, batch=batch, tp=tp, dtype=dtype),
+        bytes_per_layer=per_layer,
+        total_bytes=len(indices) * per_layer,
+        bytes_per_token=len(indices) * (one_sequence(tokens + 1) - one_sequence(tokens)),
+    )
+
+
+def _formula(layer: Layer, *, tokens: int, batch: int, tp: int, dtype: StorageFormat) -> str:
+    """The bytes of one layer as a product, in the order sequences, ranks, one rank's share."""
+    sequences = f"{batch:,} sequences × " if batch > 1 else ""
+    ranks = f"{tp} ranks × " if tp > 1 else ""
+    return sequences + ranks + layer.shard(tp).formula(tokens=tokens, dtype=dtype)
+
+
+def _bytes_per_rank(groups: tuple[LayerGroup, ...], *, tp: int, pp: int) -> int:
+    """The largest pipeline stage's share, on each of its tensor-parallel ranks.
+
+    Stages are contiguous and differ by one layer at most, the longer ones first.
+    """
+    if pp == 1:
+        return sum(group.total_bytes for group in groups) // tp
+    placed = sorted((index, group.bytes_per_layer) for group in groups for index in group.indices)
+    if pp > len(placed):
+        msg = f"--pp {pp} is more stages than the model has layers ({len(placed)})"
+        raise UnsupportedError(msg)
+    stages = []
+    start = 0
+    for stage in range(pp):
+        end = start + ceil_div(len(placed) - start, pp - stage)
+        stages.append(sum(num_bytes for _, num_bytes in placed[start:end]))
+        start = end
+    return max(stages) // tp
+
+
+def _segments(
+    stored: dict[Layer, list[int]], *, tp: int, dtype: StorageFormat
+) -> tuple[Segment, ...]:
+    """The straight stretches of the growth of one sequence, or () when there is a staircase."""
+    starts = {0}
+    for layer in stored:
+        breakpoints = layer.breakpoints()
+        if breakpoints is None:
+            return ()
+        starts.update(breakpoints)
+
+    def one_sequence(length: int) -> int:
+        return sum(
+            len(indices) * _all_ranks(layer, tokens=length, batch=1, tp=tp, dtype=dtype)
+            for layer, indices in stored.items()
+        )
+
+    segments = []
+    for start in sorted(starts):
+        here = one_sequence(start)
+        slope = one_sequence(start + 1) - here
+        segments.append(Segment(start, here - slope * start, slope))
+    return tuple(segments)
+
+
+def _notes(
+    architecture: Architecture,
+    origin: Origin,
+    *,
+    seq_tokens: int,
+    stored_more: int,
+) -> tuple[str, ...]:
+    notes = [*origin.notes, *architecture.notes]
+    if architecture.max_tokens and seq_tokens > architecture.max_tokens:
+        notes.append(
+            f"{seq_tokens:,} tokens is beyond the {architecture.max_tokens:,} that the config names "
+            "as the model's maximum"
+        )
+    if stored_more > 0:
+        notes.append(
+            f"tensor parallelism replicates {format_bytes(stored_more)} of what one rank would keep"
+        )
+    return tuple(notes)

@@ -1,0 +1,73 @@
+"""Finding a model's config: catalogue, local files, the local Hugging Face cache, the Hub.
+
+The first of these that applies answers: a config mapping; a path that exists; the catalogue (not
+when a revision is asked for, since an entry has none); the local Hugging Face cache; the Hub.
+Only the last imports huggingface_hub.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kvcalc.errors import ModelNotFoundError
+from kvcalc.origin import Origin
+from kvcalc.sources import catalogue, local
+
+__all__ = ["resolve"]
+
+
+def resolve(
+    model: str | Mapping[str, Any], *, revision: str | None = None
+) -> tuple[Mapping[str, Any], Origin]:
+    """The config of a model and where it came from.
+
+    Raises ModelNotFoundError, ConfigError, GatedModelError or HubUnavailableError.
+    """
+    if isinstance(model, Mapping):
+        name = str(model.get("_name_or_path") or "config")
+        return model, Origin(
+            requested=name, resolved=name, kind="mapping", detail="given by the caller"
+        )
+    path = local.existing_path(model)
+    if path is not None:
+        return local.read(model, path)
+    if revision is None:
+        entry = catalogue.find(model)
+        if entry is not None:
+            return entry.config, _catalogue_origin(model, entry)
+    if not local.is_repository_id(model):
+        raise ModelNotFoundError(_no_such_model(model))
+    cached = local.find_in_hf_cache(model, revision=revision or "main")
+    if cached is not None:
+        return local.read(model, cached, kind="hf-cache")
+    from kvcalc.sources import hub
+
+    return hub.download(model, revision=revision, hint=_did_you_mean(model))
+
+
+def _catalogue_origin(requested: str, entry: catalogue.CatalogueEntry) -> Origin:
+    notes = []
+    if entry.name.lower() != requested.lower():
+        notes.append(f"{requested} is published as {entry.name}")
+    if entry.completeness == "partial":
+        notes.append("catalogue entry from a partial source, not the whole config.json")
+    return Origin(
+        requested=requested,
+        resolved=entry.name,
+        kind="catalogue",
+        detail=f"{entry.source}, {entry.date}",
+        completeness=entry.completeness,
+        notes=tuple(notes),
+    )
+
+
+def _no_such_model(model: str) -> str:
+    shown = model if len(model) <= 80 else model[:79] + "…"
+    return (
+        f"no model {shown!r}: not a file or folder here, not in the catalogue, and no Hugging Face "
+        f"id (org/name).{_did_you_mean(model)} Try: kvcalc models"
+    )
+
+
+def _did_you_mean(model: str) -> str:
+    close = catalogue.suggestions(model[:100])
+    return f" Did you mean {' or '.join(close)}?" if close else ""

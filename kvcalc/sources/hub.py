@@ -1,0 +1,151 @@
+"""Configs from the Hugging Face Hub, through huggingface_hub (imported here and nowhere else).
+
+Its own settings apply: HF_TOKEN or a stored login, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_CACHE,
+HF_HUB_ETAG_TIMEOUT. Tokens never appear in a message.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kvcalc.errors import (
+    ConfigError,
+    GatedModelError,
+    HubUnavailableError,
+    KvcalcError,
+    ModelNotFoundError,
+)
+from kvcalc.origin import Origin
+from kvcalc.sources.local import read_config
+
+ATTEMPTS = 3
+FIRST_WAIT_SECONDS = 0.5
+TIMEOUT_SECONDS = 10
+
+
+def download(
+    model: str, *, revision: str | None, hint: str = ""
+) -> tuple[Mapping[str, Any], Origin]:
+    """Fetch a repository's config.json, retrying what may pass.
+
+    Raises ModelNotFoundError (no such repository, revision or file), GatedModelError and
+    HubUnavailableError (offline, time-out, rate limit, server error).
+    """
+    from huggingface_hub import (
+        get_hf_file_metadata,
+        hf_hub_download,
+        hf_hub_url,
+        logging,
+    )
+    from huggingface_hub.utils import disable_progress_bars
+
+    logging.set_verbosity_error()
+    disable_progress_bars()
+    wait_seconds = FIRST_WAIT_SECONDS
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            # Asking first fails at once where hf_hub_download itself would retry for half a minute.
+            url = hf_hub_url(model, "config.json", revision=revision)
+            get_hf_file_metadata(url, timeout=TIMEOUT_SECONDS)
+            path = hf_hub_download(model, "config.json", revision=revision)
+        except Exception as error:  # noqa: BLE001 - every failure becomes one sentence
+            failure, may_pass = _explain(error, model, revision, hint)
+            if not may_pass or attempt == ATTEMPTS:
+                raise failure from None
+            time.sleep(wait_seconds)
+            wait_seconds *= 2
+        else:
+            break
+    commit = Path(path).parent.name
+    return read_config(Path(path)), Origin(
+        requested=model,
+        resolved=model,
+        kind="hub",
+        detail=f"config.json at {revision or 'main'} ({commit[:12]})",
+    )
+
+
+def _explain(
+    error: Exception, model: str, revision: str | None, hint: str
+) -> tuple[KvcalcError, bool]:
+    """The sentence for a failure, and whether another try may succeed."""
+    from huggingface_hub import errors
+
+    if isinstance(error, errors.GatedRepoError):
+        msg = (
+            f"{model} is gated: ask for access at its page on the Hub, then log in with "
+            "`hf auth login` (or set HF_TOKEN) and try again"
+        )
+        return GatedModelError(msg), False
+    if isinstance(error, errors.RevisionNotFoundError):
+        msg = f"{model} has no revision {revision!r:.60}; leave --revision out for its main branch"
+        return ModelNotFoundError(msg), False
+    if isinstance(error, errors.RepositoryNotFoundError):
+        msg = (
+            f"no model {model} on the Hub, or it is private: check the name, or log in with "
+            f"`hf auth login`.{hint} Try: kvcalc models"
+        )
+        return ModelNotFoundError(msg), False
+    if isinstance(error, errors.EntryNotFoundError) and not isinstance(
+        error, errors.LocalEntryNotFoundError
+    ):
+        msg = f"{model} has no config.json, so it is no transformers model; give a config.json file"
+        return ModelNotFoundError(msg), False
+    if isinstance(error, errors.HFValidationError):
+        return ModelNotFoundError(f"{model!r:.100} is no Hugging Face model id (org/name)"), False
+    return _unavailable(error, model, hint)
+
+
+def _unavailable(error: Exception, model: str, hint: str) -> tuple[KvcalcError, bool]:
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        msg = (
+            f"{model} is neither in the catalogue nor in the local Hugging Face cache, and "
+            f"HF_HUB_OFFLINE is set: unset it, or give a config.json file.{hint}"
+        )
+        return HubUnavailableError(msg), False
+    status = _status(error)
+    if status == 429:
+        msg = (
+            f"the Hub's rate limit was reached while reading {model}: wait some minutes, or log in "
+            "with `hf auth login` for a higher limit"
+        )
+        return HubUnavailableError(msg), True
+    if status in (401, 403):
+        msg = f"the Hub refused access to {model} ({status}): log in with `hf auth login`"
+        return GatedModelError(msg), False
+    if status:
+        msg = f"the Hub answered {status} for {model}: try again later, or give a config.json file"
+        return HubUnavailableError(msg), status >= 500
+    if isinstance(error, OSError) and error.filename is not None:
+        msg = f"cannot write to the Hugging Face cache: {error.strerror}; set HF_HOME to a folder that can be"
+        return ConfigError(msg), False
+    msg = (
+        f"cannot reach the Hub for {model} ({type(_root(error)).__name__}): go online, or give a "
+        f"config.json file.{hint}"
+    )
+    return HubUnavailableError(msg), True
+
+
+def _status(error: BaseException | None) -> int:
+    """HTTP status somewhere along the chain of causes; 0 when no answer came."""
+    for link in _chain(error):
+        response = getattr(link, "response", None)
+        status = getattr(response, "status_code", None)
+        if isinstance(status, int):
+            return status
+    return 0
+
+
+def _root(error: BaseException) -> BaseException:
+    return _chain(error)[-1]
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    links: list[BaseException] = []
+    while error is not None and error not in links:
+        links.append(error)
+        error = error.__cause__ or error.__context__
+    return links

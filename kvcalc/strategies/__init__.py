@@ -1,0 +1,75 @@
+"""Cache strategies: a promise (predicted bytes) and, in `cache.py` beside it, the running cache.
+
+Each folder here is one strategy. `kvcalc.strategies.<name>` is pure: parameters and the layer that
+each layer of a model becomes. `kvcalc.strategies.<name>.cache` builds the cache that runs; only it
+imports torch.
+"""
+
+import importlib
+import pkgutil
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, cast
+
+from kvcalc.errors import InputError
+from kvcalc.layers import Layer
+
+
+class Strategy(Protocol):
+    """What a folder of this package offers."""
+
+    SUMMARY: str
+    SOURCE: str
+    WORKS_ON: str
+    PARAMETERS: Mapping[str, int]
+
+    @staticmethod
+    def apply(layer: Layer, parameters: Mapping[str, int]) -> Layer:
+        """What a layer keeps under this strategy; UnsupportedError when it cannot take it."""
+
+
+class ChosenStrategy(NamedTuple):
+    """A strategy with its parameters, as the user wrote it and as it was understood."""
+
+    name: str
+    parameters: Mapping[str, int]
+    strategy: Strategy
+
+    @property
+    def spec(self) -> str:
+        """`int4:group=32,residual=128`: every parameter spelled out."""
+        if not self.parameters:
+            return self.name
+        return f"{self.name}:" + ",".join(f"{key}={val}" for key, val in self.parameters.items())
+
+    def apply(self, layer: Layer) -> Layer:
+        """What a layer keeps under this strategy."""
+        return self.strategy.apply(layer, self.parameters)
+
+
+def strategy_names() -> tuple[str, ...]:
+    """The strategies there are, by the names users type."""
+    return tuple(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+
+def load_strategy(spec: str) -> ChosenStrategy:
+    """Read `name` or `name:key=value,…`; InputError for an unknown name, key or value."""
+    name, _, rest = spec.strip().partition(":")
+    if name not in strategy_names():
+        msg = f"unknown strategy {name[:40]!r}; choose {', '.join(strategy_names())}"
+        raise InputError(msg)
+    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+    strategy = cast("Strategy", module)
+    parameters = dict(strategy.PARAMETERS)
+    for item in filter(None, rest.split(",")):
+        key, _, value = item.partition("=")
+        if key not in parameters:
+            known = ", ".join(parameters) or "none"
+            msg = f"strategy {name} has no parameter {key[:40]!r}; its parameters: {known}"
+            raise InputError(msg)
+        if not re.fullmatch(r"\d{1,9}", value):
+            msg = f"strategy {name}: {key} must be a whole number, not {value[:40]!r}"
+            raise InputError(msg)
+        parameters[key] = int(value)
+    return ChosenStrategy(name, MappingProxyType(parameters), strategy)

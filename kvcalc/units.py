@@ -1,0 +1,69 @@
+"""Parsing and printing of token counts and byte counts; the only place where GiB appears."""
+
+import re
+
+from kvcalc.errors import InputError
+
+KIB = 1024
+MIB = KIB**2
+GIB = KIB**3
+
+MAX_TOKENS = 2**40
+"""Longest sequence taken: above a trillion tokens an input is a slip, not a plan."""
+
+_TOKEN_SUFFIXES = {"": 1, "k": 1024, "m": 1024**2}
+_TOKENS = re.compile(r"(\d[\d_,]*)(?:\.(\d+))?\s*([kKmM]?)")
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """Integer division rounded up: `ceil_div(5, 2) == 3`."""
+    return -(-numerator // denominator)
+
+
+def parse_tokens(value: str | int, *, name: str = "--seq") -> int:
+    """Read a token count: `131072`, `131,072`, `128k` (131,072), `1M` (1,048,576), `1.5k` (1,536).
+
+    Suffixes are binary in either case. Raises InputError when the text is no positive whole
+    number of tokens, or exceeds MAX_TOKENS.
+    """
+    text = str(value).strip()
+    match = _TOKENS.fullmatch(text) if len(text) <= 32 else None
+    if match is None or isinstance(value, bool):
+        msg = f"{name} {_shorten(text)!r} is not a number of tokens; write 131072, 128k or 1M"
+        raise InputError(msg)
+    whole, fraction, suffix = match.groups()
+    unit = _TOKEN_SUFFIXES[suffix.lower()]
+    digits = whole.replace("_", "").replace(",", "") + (fraction or "")
+    tokens, rest = divmod(int(digits) * unit, 10 ** len(fraction or ""))
+    if rest:
+        msg = f"{name} {text!r} is not a whole number of tokens"
+        raise InputError(msg)
+    return check_count(tokens, name=name, most=MAX_TOKENS)
+
+
+def check_count(value: int, *, name: str, most: int) -> int:
+    """Return `value` when it is an int in 1..most, else raise InputError naming it."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        msg = f"{name} must be a whole number, not {_shorten(repr(value))}"
+        raise InputError(msg)
+    if value < 1:
+        msg = f"{name} must be at least 1, not {_shorten(str(value))}"
+        raise InputError(msg)
+    if value > most:
+        msg = f"{name} must be at most {most:,}, not {_shorten(f'{value:,}')}"
+        raise InputError(msg)
+    return value
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Print a byte count in binary units: `16.000 GiB`, `128.00 KiB`, `512 B`."""
+    size = abs(num_bytes)
+    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+        if size >= unit:
+            digits = 3 if unit == GIB else 2
+            return f"{num_bytes / unit:.{digits}f} {name}"
+    return f"{num_bytes} B"
+
+
+def _shorten(text: str, limit: int = 40) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

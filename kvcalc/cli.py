@@ -8,15 +8,16 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from typing import Annotated, NoReturn
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import typer
 
 from kvcalc import __version__
-from kvcalc.errors import InputError, KvcalcError
+from kvcalc.errors import EXIT_BUG, InputError, KvcalcError
 from kvcalc.units import check_count, parse_tokens
 
-EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 
 OPTION_ALIASES = {
@@ -31,6 +32,13 @@ OPTION_ALIASES = {
 """Names from other tools that are taken for ours; kept out of the help to keep it readable."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+class Weights(StrEnum):
+    """Where a profiled model's weights come from."""
+
+    CHECKPOINT = "checkpoint"
+    RANDOM = "random"
 
 
 def size(
@@ -138,7 +146,76 @@ def strategies(
     text.print_strategies(rows)
 
 
-COMMANDS = {"size": size, "models": models, "strategies": strategies}
+def profile(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Like size; none: built in.")
+    ] = None,
+    strategy: Annotated[
+        list[str] | None, typer.Option(help="Strategies, e.g. dynamic,int4:group=64; several.")
+    ] = None,
+    seq: Annotated[str, typer.Option(help="Tokens of the prompt.")] = "2k",
+    decode: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
+    batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the config's), fp32, bf16, fp16.")] = "auto",
+    weights: Annotated[
+        Weights, typer.Option(help="Load a checkpoint, or random from the config.")
+    ] = Weights.CHECKPOINT,
+    layers: Annotated[
+        int | None, typer.Option(help="Only the first N layers (random weights).")
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Timed runs.")] = 5,
+    warmup: Annotated[int, typer.Option(help="Runs before the timed ones.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of weights and tokens.")] = 0,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    json: Json = False,
+    out: Annotated[Path | None, typer.Option(help="Append each row to this JSONL file.")] = None,
+) -> None:
+    """Run a real model under cache strategies: bytes held, peak, TTFT and TPOT."""
+    from kvcalc import measure
+    from kvcalc.strategies import load_strategy, split_specs
+
+    chosen = [load_strategy(spec) for spec in split_specs(strategy or ["dynamic,static,int4"])]
+    prompt_tokens = parse_tokens(seq)
+    for name, value, most in (
+        ("--decode", decode, 2**20),
+        ("--batch", batch, 2**20),
+        ("--repeats", repeats, 1000),
+        ("--warmup", warmup, 1000),
+    ):
+        check_count(value, name=name, most=most)
+    measure.require_torch()
+    from kvcalc.measure import profile as profiling
+
+    file = profiling.RowFile(out) if out else None
+    loaded = profiling.load_model(
+        model,
+        weights=weights,
+        num_layers=layers,
+        dtype=dtype,
+        device=profiling.pick_device(device),
+        seed=seed,
+        revision=revision,
+    )
+    workload = profiling.Workload(prompt_tokens, decode, batch, repeats, warmup, seed)
+    rows: list[dict[str, Any]] = []
+    from kvcalc.render import data, text
+
+    try:
+        names = [one.spec for one in chosen]
+        measured = profiling.profile(loaded, chosen, workload, file=file)
+        rows.extend(text.with_progress(measured, names))
+    finally:  # after Ctrl-C too: what was measured is shown
+        if json:
+            data.write_json({"schema": profiling.SCHEMA, "rows": rows})
+        elif rows:
+            text.print_profile(rows)
+        if len(rows) < len(chosen):
+            _complain(f"{len(rows)} of {len(chosen)} strategies measured")
+    raise typer.Exit(profiling.exit_status(rows))
+
+
+COMMANDS = {"size": size, "profile": profile, "models": models, "strategies": strategies}
 
 
 def application(names: Iterable[str] = COMMANDS) -> typer.Typer:

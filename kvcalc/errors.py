@@ -18,6 +18,10 @@ remedy. Nothing in the library catches these; `kvcalc.cli.main` is the only plac
 from typing import ClassVar
 
 
+EXIT_BUG = 70
+"""Exit status of what kvcalc did not foresee."""
+
+
 class KvcalcError(Exception):
     """Base of all errors that kvcalc raises on purpose."""
 

@@ -1,9 +1,10 @@
 """Reports for a person at a terminal, with rich. Nothing here computes a byte."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -237,3 +238,67 @@ def print_strategies(rows: Sequence[Mapping[str, Any]]) -> None:
         out.print(Text(row["name"] + (f":{defaults}" if defaults else ""), style="bold"))
         out.print(f"  {row['summary']}", soft_wrap=True)
         out.print(f"  works on {row['works_on']}; source: {row['source']}", soft_wrap=True, style="dim")
+
+
+def with_progress(
+    rows: Iterable[dict[str, Any]], names: Sequence[str]
+) -> Iterator[dict[str, Any]]:
+    """The rows as they come, with a bar on standard error when that is a terminal."""
+    out = console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
+        task = progress.add_task(names[0], total=len(names))
+        for done, row in enumerate(rows, start=1):
+            progress.update(task, completed=done, description=names[min(done, len(names) - 1)])
+            yield row
+
+
+def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One row for each strategy, then what was held against what, and the conditions."""
+    out = console()
+    about = rows[0]["conditions"]
+    out.print(
+        f"{rows[0]['model']}  {about['num_layers']} layers, {about['weights']} weights, "
+        f"{about['dtype']}, {about['prompt_tokens']:,} + {about['decode_tokens']:,} tokens × "
+        f"batch {about['batch']}",
+        style="bold",
+        soft_wrap=True,
+    )
+    out.print()
+    shown = table("Strategy", "Held", "vs dyn.", "Peak", "TTFT ms", "TPOT ms", "tok/s")
+    for row in rows:
+        if row["status"] in ("ok", "mismatch"):
+            shown.add_row(
+                row["strategy"],
+                format_bytes(row["held_bytes"]),
+                f"{row['predicted_ratio_to_dynamic']:.3f}×",
+                format_bytes(row["peak_bytes"]),
+                _milliseconds(row["ttft_seconds"]),
+                _milliseconds(row["tpot_seconds"]),
+                f"{row['tokens_per_second']:,.0f}",
+            )
+        else:
+            shown.add_row(row["strategy"], row["status"].replace("_", " "))
+    out.print(shown)
+    out.print()
+    for row in rows:
+        if row["status"] == "ok":
+            out.print(
+                f"{row['strategy']}: predicted = held = {row['held_bytes']:,} bytes in all "
+                f"{len(row['layers'])} layers",
+                style="green",
+                soft_wrap=True,
+            )
+        else:
+            out.print(f"{row['strategy']}: {row['status']}: {row['reason']}", style="bold red", soft_wrap=True)
+    hardware = about["hardware"]["processor"]
+    out.print(
+        f"{about['device']} ({hardware}), torch {about['torch']}, transformers "
+        f"{about['transformers']}; median of {about['repeats']} runs ± interquartile range",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def _milliseconds(timing: Mapping[str, float]) -> str:
+    return f"{timing['median'] * 1000:,.2f} ± {timing['spread'] * 1000:,.2f}"

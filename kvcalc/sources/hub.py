@@ -5,9 +5,9 @@ HF_HUB_ETAG_TIMEOUT. Tokens never appear in a message.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvcalc.errors import (
     ConfigError,
@@ -18,6 +18,8 @@ from kvcalc.errors import (
 )
 from kvcalc.origin import Origin
 from kvcalc.sources.local import read_config
+
+Result = TypeVar("Result")
 
 ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 0.5
@@ -32,38 +34,56 @@ def download(
     Raises ModelNotFoundError (no such repository, revision or file), GatedModelError and
     HubUnavailableError (offline, time-out, rate limit, server error).
     """
-    from huggingface_hub import (
-        get_hf_file_metadata,
-        hf_hub_download,
-        hf_hub_url,
-        logging,
+    from huggingface_hub import hf_hub_download
+
+    def fetch() -> str:
+        return hf_hub_download(model, "config.json", revision=revision)
+
+    check_reachable(model, revision=revision, hint=hint)
+    path = Path(_with_retries(fetch, model, revision, hint))
+    return read_config(path), Origin(
+        requested=model,
+        resolved=model,
+        kind="hub",
+        detail=f"config.json at {revision or 'main'} ({path.parent.name[:12]})",
     )
+
+
+def check_reachable(model: str, *, revision: str | None, hint: str = "") -> None:
+    """Ask the Hub for a repository's config.json, and raise as `download` does when it says no.
+
+    A download that cannot connect retries for half a minute on its own; this fails in seconds.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, logging
     from huggingface_hub.utils import disable_progress_bars
 
     logging.set_verbosity_error()
     disable_progress_bars()
+
+    def ask() -> None:
+        url = hf_hub_url(model, "config.json", revision=revision)
+        get_hf_file_metadata(url, timeout=TIMEOUT_SECONDS)
+
+    _with_retries(ask, model, revision, hint)
+
+
+def _with_retries(
+    action: Callable[[], Result], model: str, revision: str | None, hint: str
+) -> Result:
     wait_seconds = FIRST_WAIT_SECONDS
-    for attempt in range(1, ATTEMPTS + 1):
+    for _ in range(ATTEMPTS - 1):
         try:
-            # Asking first fails at once where hf_hub_download itself would retry for half a minute.
-            url = hf_hub_url(model, "config.json", revision=revision)
-            get_hf_file_metadata(url, timeout=TIMEOUT_SECONDS)
-            path = hf_hub_download(model, "config.json", revision=revision)
+            return action()
         except Exception as error:  # noqa: BLE001 - every failure becomes one sentence
             failure, may_pass = _explain(error, model, revision, hint)
-            if not may_pass or attempt == ATTEMPTS:
+            if not may_pass:
                 raise failure from None
-            time.sleep(wait_seconds)
-            wait_seconds *= 2
-        else:
-            break
-    commit = Path(path).parent.name
-    return read_config(Path(path)), Origin(
-        requested=model,
-        resolved=model,
-        kind="hub",
-        detail=f"config.json at {revision or 'main'} ({commit[:12]})",
-    )
+        time.sleep(wait_seconds)
+        wait_seconds *= 2
+    try:
+        return action()
+    except Exception as error:  # noqa: BLE001 - likewise
+        raise _explain(error, model, revision, hint)[0] from None
 
 
 def _explain(

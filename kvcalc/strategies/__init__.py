@@ -8,7 +8,7 @@ imports torch.
 import importlib
 import pkgutil
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, cast
 
@@ -51,6 +51,17 @@ class ChosenStrategy(NamedTuple):
 def strategy_names() -> tuple[str, ...]:
     """The strategies there are, by the names users type."""
     return tuple(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+
+def split_specs(values: Iterable[str]) -> list[str]:
+    """Comma lists as one list: `dynamic,int4:group=32,residual=64` is two strategies."""
+    specs: list[str] = []
+    for item in ",".join(values).split(","):
+        if specs and ":" in specs[-1] and "=" in item and ":" not in item:
+            specs[-1] += f",{item}"
+        else:
+            specs.append(item)
+    return specs
 
 
 def load_strategy(spec: str) -> ChosenStrategy:

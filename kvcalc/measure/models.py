@@ -1,0 +1,240 @@
+"""Models to measure: from a checkpoint, with random weights from a config alone, or built in."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_utils import PreTrainedModel
+
+from kvcalc import sources
+from kvcalc.config import class_defaults
+from kvcalc.errors import InputError, ModelNotFoundError, UnsupportedError
+from kvcalc.families import Architecture, describe
+from kvcalc.origin import Origin
+from kvcalc.sources.hub import check_reachable
+from kvcalc.sources.local import find_in_hf_cache
+from kvcalc.units import format_bytes
+
+BUILT_IN = "built-in"
+
+BUILT_IN_CONFIG: Mapping[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 1024,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 131_072,
+    "dtype": "float32",
+}
+"""A small Llama with grouped-query attention; random weights, so only bytes and times mean much."""
+
+_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_FIELDS_NEEDED = ("vocab_size", "hidden_size")
+
+
+class LoadedModel(NamedTuple):
+    """A model on its device, and the architecture its cache is predicted from."""
+
+    name: str
+    model: PreTrainedModel
+    architecture: Architecture
+    origin: Origin
+    weights: str
+    dtype: str
+    device: torch.device
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is CUDA when there is one, else the CPU; InputError when the named one is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        msg = f"unknown device {name[:40]!r}; choose auto, cpu or cuda"
+        raise InputError(msg) from None
+    if device.type not in ("cpu", "cuda"):
+        msg = f"device {name[:40]!r} is not measured; choose auto, cpu or cuda"
+        raise InputError(msg)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        msg = "no CUDA device here: use --device cpu, or run where `nvidia-smi` lists a GPU"
+        raise InputError(msg)
+    return device
+
+
+def load_model(
+    model: str | None,
+    *,
+    weights: str,
+    num_layers: int | None,
+    dtype: str,
+    device: torch.device,
+    seed: int,
+    revision: str | None,
+) -> LoadedModel:
+    """Load or build a model for measuring.
+
+    `weights` is `checkpoint` or `random`; `num_layers` keeps only the first layers of a model with
+    random weights. Raises InputError for what cannot be found or does not fit in memory, and
+    UnsupportedError for a model that is not sized or not part of transformers.
+    """
+    if model is None:
+        config, weights = BUILT_IN_CONFIG, "random"
+        origin = Origin(requested=BUILT_IN, resolved=BUILT_IN, kind="mapping", detail=BUILT_IN)
+    else:
+        config, origin = sources.resolve(model, revision=revision)
+    if num_layers is not None and weights != "random":
+        msg = "--layers builds a slice of a model, which needs --weights random"
+        raise InputError(msg)
+    decoder = _decoder_config(config)
+    if num_layers is not None:
+        decoder = _first_layers(decoder, num_layers)
+    architecture = describe(decoder)
+    dtype_name = architecture.model_dtype.value if dtype == "auto" else dtype
+    if dtype_name not in _TORCH_DTYPES:
+        msg = f"--dtype {dtype_name} is no dtype to compute in; choose {', '.join(_TORCH_DTYPES)}"
+        raise InputError(msg)
+    if class_defaults(architecture.model_type) is None:
+        msg = (
+            f"transformers has no model_type {architecture.model_type!r}, and a repository's own "
+            "code is never run; kvcalc size still sizes it"
+        )
+        raise UnsupportedError(msg)
+    torch.manual_seed(seed)
+    if weights == "random":
+        loaded = _random(decoder, origin, _TORCH_DTYPES[dtype_name], device)
+    else:
+        loaded = _checkpoint(origin, _TORCH_DTYPES[dtype_name], device, revision)
+    loaded.eval()
+    return LoadedModel(
+        origin.resolved, loaded, architecture, origin, weights, dtype_name, device
+    )
+
+
+def _decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The text decoder's own config, with the dtype of the whole and without quantisation."""
+    text = config.get("text_config")
+    outer_type = config.get("model_type")
+    decoder = dict(config)
+    if isinstance(text, Mapping) and "num_hidden_layers" not in config:
+        wrapper = class_defaults(str(outer_type))
+        inner_type = text.get("model_type") or (wrapper.text if wrapper else "")
+        decoder = {**text, "model_type": inner_type}
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                decoder.setdefault(key, config[key])
+    for key in ("quantization_config", "auto_map"):
+        decoder.pop(key, None)
+    return decoder
+
+
+def _first_layers(config: Mapping[str, Any], count: int) -> dict[str, Any]:
+    """The config of a model that has only the first `count` of the layers."""
+    whole = len(describe(config).layers)
+    if not 1 <= count <= whole:
+        msg = f"--layers must be from 1 to {whole}, the layers of this model, not {count}"
+        raise InputError(msg)
+    defaults = class_defaults(str(config["model_type"]))
+    aliases = defaults.aliases if defaults else {}
+    own_name = aliases.get("num_hidden_layers", "num_hidden_layers")
+    key = own_name if own_name in config else "num_hidden_layers"
+    shortened = {**config, key: count}
+    if isinstance(config.get("layer_types"), list):
+        shortened["layer_types"] = config["layer_types"][:count]
+    return shortened
+
+
+def _random(
+    config: Mapping[str, Any], origin: Origin, dtype: torch.dtype, device: torch.device
+) -> PreTrainedModel:
+    missing = [key for key in _FIELDS_NEEDED if _field(config, key) is None]
+    if missing or origin.completeness == "partial":
+        msg = (
+            f"{origin.resolved}: its config here is partial and does not say the shape of the "
+            "weights; give the whole config.json to build it with random weights"
+        )
+        raise InputError(msg)
+    hf_config = _hf_config(config)
+    with torch.device("meta"):
+        shapes = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    need_bytes = sum(tensor.numel() for tensor in shapes.parameters()) * dtype.itemsize
+    _check_room(need_bytes, device)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+
+
+def _field(config: Mapping[str, Any], key: str) -> object:
+    defaults = class_defaults(str(config["model_type"]))
+    own_name = defaults.aliases.get(key, key) if defaults else key
+    return config.get(key, config.get(own_name))
+
+
+def _hf_config(config: Mapping[str, Any]) -> PreTrainedConfig:
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    # Token ids of a published vocabulary mean nothing here and may lie outside a reduced one.
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"):
+        fields.pop(key, None)
+    fields["pad_token_id"] = None
+    try:
+        return AutoConfig.for_model(config["model_type"], **fields)
+    except (TypeError, ValueError, KeyError) as error:
+        msg = f"transformers does not take this config: {_first_line(error)}"
+        raise InputError(msg) from None
+
+
+def _check_room(need_bytes: int, device: torch.device) -> None:
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+    else:
+        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if need_bytes > free_bytes:
+        msg = (
+            f"weights of {format_bytes(need_bytes)} do not fit in the {format_bytes(free_bytes)} "
+            f"free on {device}; measure a slice of the layers with --layers N"
+        )
+        raise InputError(msg)
+
+
+def _checkpoint(
+    origin: Origin, dtype: torch.dtype, device: torch.device, revision: str | None
+) -> PreTrainedModel:
+    """Weights from a local folder or the Hub; a repository's own code is never run."""
+    place = _weights_place(origin, revision)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            place, dtype=dtype, revision=revision or "main", trust_remote_code=False
+        )
+        return model.to(device)
+    except (OSError, ValueError) as error:
+        msg = (
+            f"no weights to load from {place} ({_first_line(error)}); add --weights random to build "
+            "it from its config alone"
+        )
+        raise ModelNotFoundError(msg) from None
+
+
+def _weights_place(origin: Origin, revision: str | None) -> str:
+    """A folder that holds weights, or a repository on the Hub that answers."""
+    if origin.kind == "file":
+        return str(Path(origin.detail).parent)
+    cached = find_in_hf_cache(origin.resolved, revision=revision or "main")
+    if cached is not None and any(cached.parent.glob("*.safetensors")):
+        return str(cached.parent)
+    check_reachable(
+        origin.resolved,
+        revision=revision,
+        hint=" Or add --weights random to build it from its config alone.",
+    )
+    return origin.resolved
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return f"{lines[0]:.160}"

@@ -1,0 +1,46 @@
+"""Profiling a model under several strategies, row by row."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from kvcalc.errors import EXIT_BUG, PredictionBrokenError, UnsupportedError
+from kvcalc.measure.models import LoadedModel, load_model, pick_device
+from kvcalc.measure.record import RowFile, conditions
+from kvcalc.measure.run import Workload, add_ratios, measure
+from kvcalc.sizing import BASELINE
+from kvcalc.strategies import ChosenStrategy
+
+SCHEMA = "kvcalc.profile/1"
+
+__all__ = ["SCHEMA", "RowFile", "Workload", "exit_status", "load_model", "pick_device", "profile"]
+
+
+def profile(
+    loaded: LoadedModel,
+    strategies: Sequence[ChosenStrategy],
+    workload: Workload,
+    *,
+    file: RowFile | None = None,
+) -> Iterator[dict[str, Any]]:
+    """Measure each strategy in turn; a row is in `file` before it is yielded."""
+    baseline = None
+    for chosen in strategies:
+        row = measure(loaded, chosen, workload, conditions(loaded.device))
+        if chosen.name == BASELINE:
+            baseline = row
+        add_ratios(row, baseline)
+        if file is not None:
+            file.append(row)
+        yield row
+
+
+def exit_status(rows: Sequence[Mapping[str, Any]]) -> int:
+    """0 when every row is ok, else that of the gravest: a broken prediction or too little memory
+    is 1, a failure 70, a refusal 3 (0 beside rows that ran).
+    """
+    found = {row["status"] for row in rows}
+    if found & {"mismatch", "out_of_memory"}:
+        return PredictionBrokenError.exit_code
+    if "failed" in found:
+        return EXIT_BUG
+    return UnsupportedError.exit_code if found == {"refused"} else 0

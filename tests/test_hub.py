@@ -1,0 +1,274 @@
+"""The real huggingface_hub, in a process of its own, against a Hub on the loopback interface."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import NamedTuple
+
+import pytest
+
+TOKEN = "hf_ThisMustNeverBePrinted"  # noqa: S105
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+CONFIG = {
+    "model_type": "llama",
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_size": 64,
+    "torch_dtype": "bfloat16",
+}
+BYTES_AT_1K = 1024 * 2 * 2 * (16 + 16) * 2
+
+
+class Answer(NamedTuple):
+    """One answer to a request for config.json; `hangs` sends nothing until the test is over."""
+
+    status: int = 200
+    error_code: str = ""
+    body: bytes = json.dumps(CONFIG).encode()
+    hangs: bool = False
+
+
+class Hub(ThreadingHTTPServer):
+    """Gives its answers one after another, the last one for ever, and keeps the requests."""
+
+    def __init__(self):
+        """Listen on a free port."""
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers = [Answer()]
+        self.requests = []
+        self.tokens = set()
+        self.over = threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def close(self):
+        """Stop answering; the port refuses connections from now on."""
+        self.over.set()
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    """Sends the headers that huggingface.co sends; anything but a model's file is not found."""
+
+    def do_GET(self):
+        """Answer GET and HEAD."""
+        if "/resolve/" not in self.path:
+            self.send_error(404)
+            return
+        self.server.requests.append((self.command, self.path))
+        self.server.tokens.add(self.headers["Authorization"])
+        answers = self.server.answers
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if answer.hangs:
+            self.server.over.wait(30)
+            return
+        self.send_response(answer.status)
+        if answer.error_code:
+            self.send_header("X-Error-Code", answer.error_code)
+        if answer.status >= 400:
+            self.send_header("X-Error-Message", f"no access with {TOKEN}")
+        else:
+            self.send_header("ETag", '"0123456789abcdef"')
+            self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(answer.body)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(answer.body)
+
+    do_HEAD = do_GET  # noqa: N815 - the name that http.server calls
+
+    def log_message(self, *_):
+        """Stay silent."""
+
+
+@pytest.fixture
+def hub():
+    """A Hub that has every model."""
+    server = Hub()
+    yield server
+    if not server.over.is_set():
+        server.close()
+
+
+@pytest.fixture
+def kvcalc(hub, tmp_path):
+    """Run `kvcalc size` against the hub, with an empty cache and a token that never shows."""
+
+    def size(*arguments, timeout=20, **environment):
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("HF_", "HUGGING", "KVCALC_"))
+            and not name.lower().endswith("_proxy")
+        }
+        done = subprocess.run(
+            [sys.executable, "-m", "kvcalc", "size", *arguments, "--seq", "1k", "--json"],
+            env={
+                **kept,
+                "HF_ENDPOINT": hub.url,
+                "HF_HOME": str(tmp_path / "hf"),
+                "HF_TOKEN": TOKEN,
+                **environment,
+            },
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+        assert TOKEN not in done.stdout + done.stderr
+        return done
+
+    return size
+
+
+def complaint(done):
+    """The one line of a run that must have failed for bad input."""
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("kvcalc: ")
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("revision", "asked"), [(None, "main"), ("v1.0", "v1.0"), ("refs/pr/1", "refs%2Fpr%2F1")]
+)
+def test_a_model_is_fetched_once(hub, kvcalc, revision, asked):
+    """A model is fetched with the user's token, and from then on served by the local cache."""
+    arguments = ["org/name", *(["--revision", revision] if revision else [])]
+    first = kvcalc(*arguments)
+    assert (first.returncode, first.stderr) == (0, "")
+    report = json.loads(first.stdout)
+    assert report["total_bytes"] == BYTES_AT_1K
+    assert report["source"]["kind"] == "hub"
+    assert f"at {revision or 'main'} ({COMMIT[:12]})" in report["source"]["detail"]
+    assert ("GET", f"/org/name/resolve/{asked}/config.json") in hub.requests
+    assert {path for _, path in hub.requests} == {f"/org/name/resolve/{asked}/config.json"}
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+
+    hub.close()
+    second = kvcalc(*arguments)
+    assert (second.returncode, second.stderr) == (0, "")
+    report = json.loads(second.stdout)
+    assert report["total_bytes"] == BYTES_AT_1K
+    assert report["source"]["kind"] == "hf-cache"
+    assert COMMIT in report["source"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "arguments", "said"),
+    [
+        pytest.param(
+            Answer(403, "GatedRepo"), [], ["org/name is gated", "hf auth login"], id="gated"
+        ),
+        pytest.param(
+            Answer(401, "GatedRepo"), [], ["org/name is gated", "hf auth login"], id="gated, 401"
+        ),
+        pytest.param(
+            Answer(401, "RepoNotFound"),
+            [],
+            ["no model org/name on the Hub", "private", "hf auth login", "kvcalc models"],
+            id="no repository, 401",
+        ),
+        pytest.param(
+            Answer(404, "RepoNotFound"),
+            [],
+            ["no model org/name on the Hub", "kvcalc models"],
+            id="no repository, 404",
+        ),
+        pytest.param(
+            Answer(404, "RevisionNotFound"),
+            ["--revision", "v9"],
+            ["org/name has no revision 'v9'", "--revision"],
+            id="no revision",
+        ),
+        pytest.param(
+            Answer(404, "EntryNotFound"),
+            [],
+            ["org/name has no config.json", "give a config.json"],
+            id="no config.json",
+        ),
+        pytest.param(
+            Answer(403), [], ["refused access to org/name (403)", "hf auth login"], id="forbidden"
+        ),
+        pytest.param(Answer(body=b"<html>"), [], ["is not JSON"], id="no JSON"),
+        pytest.param(Answer(body=b"[]"), [], ["not a JSON object"], id="no object"),
+    ],
+)
+def test_an_answer_that_will_not_change(hub, kvcalc, answer, arguments, said):
+    """Each refusal of the Hub has its own sentence with the remedy, and is not tried again."""
+    hub.answers = [answer]
+    line = complaint(kvcalc("org/name", *arguments))
+    assert [words for words in said if words not in line] == []
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert [method for method, _ in hub.requests].count("HEAD") == (1 if answer.status > 200 else 2)
+
+
+def test_a_misspelt_name_is_corrected(hub, kvcalc):
+    """When the Hub has no such model, a catalogue name that is close to it is suggested."""
+    hub.answers = [Answer(404, "RepoNotFound")]
+    line = complaint(kvcalc("meta-llama/Meta-Lama-3-8B"))
+    assert "Did you mean meta-llama/Meta-Llama-3-8B" in line
+
+
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [
+        (429, ["rate limit", "wait some minutes", "hf auth login"]),
+        (503, ["answered 503", "try again later", "config.json"]),
+    ],
+)
+def test_an_answer_that_may_change(hub, kvcalc, status, said):
+    """A busy Hub is asked three times before its trouble is told."""
+    hub.answers = [Answer(status)]
+    line = complaint(kvcalc("org/name"))
+    assert [words for words in said if words not in line] == []
+    assert len(hub.requests) == 3
+
+
+def test_trouble_that_passes(hub, kvcalc):
+    """Two server errors before the answer are not noticed."""
+    hub.answers = [Answer(503), Answer(503), Answer()]
+    done = kvcalc("org/name")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["total_bytes"] == BYTES_AT_1K
+
+
+def test_no_connection(hub, kvcalc):
+    """A Hub that cannot be reached is told with the two ways out."""
+    hub.close()
+    line = complaint(kvcalc("org/name"))
+    assert "cannot reach the Hub for org/name" in line
+    assert "go online, or give a config.json file" in line
+
+
+def test_a_hub_that_hangs(hub, kvcalc):
+    """A Hub that accepts a request and never answers is given up after HF_HUB_ETAG_TIMEOUT."""
+    hub.answers = [Answer(hangs=True)]
+    line = complaint(kvcalc("org/name", timeout=9, HF_HUB_ETAG_TIMEOUT="1"))
+    assert "cannot reach the Hub for org/name" in line
+
+
+def test_offline(hub, kvcalc):
+    """With HF_HUB_OFFLINE nothing is asked, and the message says which variable to unset."""
+    line = complaint(kvcalc("org/name", HF_HUB_OFFLINE="1"))
+    assert "HF_HUB_OFFLINE is set: unset it, or give a config.json file" in line
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [({"HF_ENDPOINT": "127.0.0.1"}, "HF_ENDPOINT"), ({"HF_TOKEN": "hf_sécret"}, "HF_TOKEN")],
+    ids=["endpoint without scheme", "token that is no ASCII"],
+)
+def test_a_setting_that_cannot_be(hub, kvcalc, environment, said):
+    """A broken setting of huggingface_hub is named, instead of blaming the network."""
+    line = complaint(kvcalc("org/name", **environment))
+    assert said in line
+    assert "sécret" not in line
+    assert hub.requests == []

@@ -1,8 +1,8 @@
 """kvcalc: how big is the KV cache of a language model, exactly, and what a cache strategy costs.
 
-    >>> import kvcalc
-    >>> kvcalc.size("meta-llama/Llama-3-8B", seq="128k").total_bytes
-    17179869184
+>>> import kvcalc
+>>> kvcalc.size("meta-llama/Llama-3-8B", seq="128k").total_bytes
+17179869184
 """
 
 from kvcalc.api import size

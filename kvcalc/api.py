@@ -162,7 +162,13 @@ def _sized(config: Mapping[str, Any]) -> dict[str, Any]:
         origin = Origin(requested="", resolved="", kind="catalogue", detail="")
         report = size_architecture(architecture, origin=origin, seq_tokens=1)
     except KvcalcError as error:
-        return {"family": "", "layers": 0, "max_tokens": 0, "bytes_per_token": 0, "refused": str(error)}
+        return {
+            "family": "",
+            "layers": 0,
+            "max_tokens": 0,
+            "bytes_per_token": 0,
+            "refused": str(error),
+        }
     return {
         "family": architecture.family,
         "layers": len(architecture.layers),

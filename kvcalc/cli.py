@@ -4,10 +4,12 @@
 status (0 done, 1 a check or prediction failed, 2 bad input, 3 refused, 70 a bug).
 """
 
+import errno
+import io
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -15,10 +17,12 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from kvcalc import __version__
-from kvcalc.errors import EXIT_BUG, InputError, KvcalcError
+from kvcalc.errors import EXIT_BUG, InputError, KvcalcError, OutputError
 from kvcalc.units import check_count, parse_tokens
 
 EXIT_INTERRUPTED = 130
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 OPTION_ALIASES = {
     "--context": "--seq",
@@ -68,6 +72,9 @@ def size(
     """Size the KV cache of one or several models, exact to the byte."""
     from kvcalc import api
 
+    if json + csv + markdown > 1:
+        msg = "choose one of --json, --csv and --markdown"
+        raise InputError(msg)
     table = api.size_table(
         models,
         seqs=[str(parse_tokens(item)) for item in _items(seq)],
@@ -81,27 +88,18 @@ def size(
     )
     if len(models) == 1 and table.errors:
         raise table.errors[0][1]
-    if json:
+    if json or csv or markdown:
         from kvcalc.render import data
 
-        single = len(table.reports) == 1 and len(models) == 1 and seq
-        data.write_json(table.reports[0].to_dict() if single else table.to_dict())
-    elif csv or markdown:
-        from kvcalc.render import data
-
-        (data.write_csv if csv else data.write_markdown)(table.reports)
+        if json:
+            one_point = len(models) == len(table.reports) == 1 and seq
+            data.write_json(table.reports[0].to_dict() if one_point else table.to_dict())
+        else:
+            (data.write_csv if csv else data.write_markdown)(table.reports)
     elif table.reports:
         from kvcalc.render import text
 
-        if len(table.reports) == 1:
-            text.print_report(table.reports[0], explain=explain)
-        elif len(models) == 1 and not (seq or batch or kv_dtype or explain):
-            text.print_lengths(table.reports)
-        elif explain:
-            for report in table.reports:
-                text.print_report(report, explain=True)
-        else:
-            text.print_comparison(table.reports)
+        text.print_sizes(table.reports, explain=explain, lengths=not (seq or batch or kv_dtype))
     for model, error in table.errors:
         _complain(f"{model}: {error}")
     if table.errors:
@@ -215,7 +213,12 @@ def profile(
     raise typer.Exit(profiling.exit_status(rows))
 
 
-COMMANDS = {"size": size, "profile": profile, "models": models, "strategies": strategies}
+COMMANDS: dict[str, Callable[..., None]] = {
+    "size": size,
+    "profile": profile,
+    "models": models,
+    "strategies": strategies,
+}
 
 
 def application(names: Iterable[str] = COMMANDS) -> typer.Typer:
@@ -243,7 +246,10 @@ def _global_options(
 
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
-    status = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a × on an ASCII terminal is no reason to fail
+    status = run(sys.argv[1:] or ["--help"])
     if "torch" in sys.modules:
         sys.exit(status)
     # Nothing is left to clean up, and taking the interpreter apart object by object would cost a
@@ -263,16 +269,18 @@ def run(arguments: list[str]) -> int:
         _complain(str(error))
         return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        _complain("interrupted")
-        return EXIT_INTERRUPTED
-    except BrokenPipeError:
-        # The reader of our output left; what it wanted it has.
+        status = EXIT_INTERRUPTED
+    except (BrokenPipeError, SystemExit):
+        # The reader of our output left (Typer makes an exit of that); what it wanted it has.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in _FULL:
+            _complain(f"cannot write the output: {error.strerror}")
+            return OutputError.exit_code
         if hasattr(error, "format_message"):  # a usage error of Typer's
             command = getattr(getattr(error, "ctx", None), "command_path", "kvcalc")
-            _complain(f"{error.format_message()} Try: {command} --help")
+            _complain(f"{error.format_message().rstrip('.')}. Try: {command} --help")
             return InputError.exit_code
         if os.environ.get("KVCALC_DEBUG"):
             raise
@@ -280,6 +288,8 @@ def run(arguments: list[str]) -> int:
             f"bug: {type(error).__name__}: {error}. Please report it; KVCALC_DEBUG=1 shows where"
         )
         return EXIT_BUG
+    if status == EXIT_INTERRUPTED:  # Typer makes an exit of Ctrl-C, too
+        _complain("interrupted")
     return status if isinstance(status, int) else 0
 
 

@@ -12,6 +12,7 @@ from typing import Any, Final, NamedTuple
 
 from kvcalc.data import profiles_folder
 from kvcalc.errors import ConfigError
+from kvcalc.units import shown
 
 MAX_FIELD: Final = 2**31 - 1
 """Largest integer that a config field may hold; a larger one is malformed."""
@@ -94,8 +95,8 @@ class ConfigFields:
             value = self.data[present[0]]
             if len(present) > 1 and self.data[own_name] != value:
                 msg = (
-                    f"config has both {self.prefix}{key} = {value!r:.40} and {self.prefix}{own_name} = "
-                    f"{self.data[own_name]!r:.40}, two names of one field"
+                    f"config has {self.prefix}{key} = {shown(value)} and {self.prefix}{own_name} "
+                    f"= {shown(self.data[own_name])}, two names of one field"
                 )
                 raise ConfigError(msg)
             return self._record(present[0], value, "config")
@@ -120,6 +121,8 @@ class ConfigFields:
         """A required whole number in 1..most; ConfigError otherwise."""
         value = self.get(key)
         if value is None:
+            if key in self.data:
+                raise self._wrong(key, value, "a whole number")
             msg = f"config has no {self.prefix}{key}, and its class gives no default"
             raise ConfigError(msg)
         return self._checked_count(key, value, most)
@@ -159,6 +162,4 @@ class ConfigFields:
         return value
 
     def _wrong(self, key: str, value: object, wanted: str) -> ConfigError:
-        shown = repr(value)
-        shown = shown if len(shown) <= 60 else shown[:59] + "…"
-        return ConfigError(f"config field {self.prefix}{key} is {shown}, not {wanted}")
+        return ConfigError(f"config field {self.prefix}{key} is {shown(value)}, not {wanted}")

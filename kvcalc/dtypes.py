@@ -1,7 +1,7 @@
 """Storage formats of cache elements as integer pairs (elements in a block, bytes of a block)."""
 
-
 from typing import NamedTuple
+
 from kvcalc.errors import InputError, UnsupportedError
 
 
@@ -68,7 +68,7 @@ ALIASES = {
 
 
 def storage_format(name: str) -> StorageFormat:
-    """Look up a format by its name or a common alias (`bfloat16`, `fp8_e4m3`); InputError if unknown."""
+    """The format of that name or common alias (`bfloat16`, `fp8_e4m3`); InputError if unknown."""
     key = name.strip().lower().removeprefix("torch.")
     try:
         return FORMATS[ALIASES.get(key, key)]

@@ -17,7 +17,6 @@ remedy. Nothing in the library catches these; `kvcalc.cli.main` is the only plac
 
 from typing import ClassVar
 
-
 EXIT_BUG = 70
 """Exit status of what kvcalc did not foresee."""
 

@@ -1,7 +1,5 @@
 """Where a config came from."""
 
-
-
 from typing import NamedTuple
 
 

@@ -4,6 +4,7 @@ Everything is integer addition over the layers; no I/O. The result keeps what it
 """
 
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 from kvcalc.config import FieldUse
@@ -23,7 +24,8 @@ MAX_BATCH = 2**31 - 1
 MAX_RANKS = 2**16
 
 
-class LayerSize(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class LayerSize:
     """One layer's share. `bytes` is for all sequences and all ranks."""
 
     index: int
@@ -128,7 +130,7 @@ class SizeReport(NamedTuple):
             "provenance": self.provenance,
             "segments": [segment._asdict() for segment in self.segments],
             "transients": dict(self.transients),
-            "layers": [layer._asdict() for layer in self.layers],
+            "layers": [asdict(layer) for layer in self.layers],
             "rules": {"family": self.family_source, "engine": self.engine_source},
             "fields": [field._asdict() for field in self.fields],
             "source": {
@@ -213,6 +215,8 @@ def size_architecture(
             stored_more=total_bytes - unsharded_bytes,
         ),
     )
+
+
 def _dtype(
     architecture: Architecture, runtime: Engine, chosen: ChosenStrategy, requested: str
 ) -> FieldUse:
@@ -325,8 +329,8 @@ def _notes(
     notes = [*origin.notes, *architecture.notes]
     if architecture.max_tokens and seq_tokens > architecture.max_tokens:
         notes.append(
-            f"{seq_tokens:,} tokens is beyond the {architecture.max_tokens:,} that the config names "
-            "as the model's maximum"
+            f"{seq_tokens:,} tokens is beyond the {architecture.max_tokens:,} that the config "
+            "names as the model's maximum"
         )
     if stored_more > 0:
         notes.append(

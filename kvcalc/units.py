@@ -12,7 +12,7 @@ MAX_TOKENS = 2**40
 """Longest sequence taken: above a trillion tokens an input is a slip, not a plan."""
 
 _TOKEN_SUFFIXES = {"": 1, "k": 1024, "m": 1024**2}
-_TOKENS = re.compile(r"(\d[\d_,]*)(?:\.(\d+))?\s*([kKmM]?)")
+_TOKENS = re.compile(r"([0-9][0-9_,]*)(?:\.([0-9]+))?\s*([kKmM]?)")
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
@@ -26,10 +26,12 @@ def parse_tokens(value: str | int, *, name: str = "--seq") -> int:
     Suffixes are binary in either case. Raises InputError when the text is no positive whole
     number of tokens, or exceeds MAX_TOKENS.
     """
-    text = str(value).strip()
+    if not isinstance(value, str):
+        return check_count(value, name=name, most=MAX_TOKENS)
+    text = value.strip()
     match = _TOKENS.fullmatch(text) if len(text) <= 32 else None
-    if match is None or isinstance(value, bool):
-        msg = f"{name} {_shorten(text)!r} is not a number of tokens; write 131072, 128k or 1M"
+    if match is None:
+        msg = f"{name} {shown(text)} is not a number of tokens; write 131072, 128k or 1M"
         raise InputError(msg)
     whole, fraction, suffix = match.groups()
     unit = _TOKEN_SUFFIXES[suffix.lower()]
@@ -44,15 +46,26 @@ def parse_tokens(value: str | int, *, name: str = "--seq") -> int:
 def check_count(value: int, *, name: str, most: int) -> int:
     """Return `value` when it is an int in 1..most, else raise InputError naming it."""
     if not isinstance(value, int) or isinstance(value, bool):
-        msg = f"{name} must be a whole number, not {_shorten(repr(value))}"
+        msg = f"{name} must be a whole number, not {shown(value)}"
         raise InputError(msg)
     if value < 1:
-        msg = f"{name} must be at least 1, not {_shorten(str(value))}"
+        msg = f"{name} must be at least 1, not {shown(value)}"
         raise InputError(msg)
     if value > most:
-        msg = f"{name} must be at most {most:,}, not {_shorten(f'{value:,}')}"
+        msg = f"{name} must be at most {most:,}, not {shown(value)}"
         raise InputError(msg)
     return value
+
+
+def shown(value: object, *, most: int = 60) -> str:
+    """A value as an error message quotes it: its repr, one line, cut to `most` characters."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"a number of {value.bit_length():,} bits"
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a huge integer inside, or nesting without end
+        return f"a {type(value).__name__} too large to show"
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def format_bytes(num_bytes: int) -> str:
@@ -63,7 +76,3 @@ def format_bytes(num_bytes: int) -> str:
             digits = 3 if unit == GIB else 2
             return f"{num_bytes / unit:.{digits}f} {name}"
     return f"{num_bytes} B"
-
-
-def _shorten(text: str, limit: int = 40) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,4 +1,4 @@
-"""Write `profiles/class_defaults.jsonl` from the configuration classes of the installed transformers.
+"""Write `profiles/class_defaults.jsonl` from the installed transformers' configuration classes.
 
 Run it after an upgrade of transformers: `python scripts/generate_class_defaults.py`.
 A test compares the file with the installed version and says when it is out of step.

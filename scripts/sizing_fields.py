@@ -1,4 +1,4 @@
-"""The config fields that decide cache or weight shapes: what the catalogue and the defaults keep."""
+"""The config fields that decide the shapes of cache or weights, which our tables keep."""
 
 CACHE_FIELDS = frozenset(
     """

@@ -153,7 +153,7 @@ def test_a_config_of_50_megabytes(complaint, tmp_path):
         file.truncate(50_000_000)
     status, line = complaint("size", path)
     assert status == BAD
-    assert "50,000,000 bytes" in line
+    assert "larger than" in line
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero")
@@ -227,7 +227,7 @@ def test_more_layers_than_a_model_can_have(complaint, tmp_path, value):
     ("name", "changes", "said"),
     [
         (KIMI, {"num_hidden_layers": ABSENT}, ["no num_hidden_layers"]),
-        (KIMI, {"qk_rope_head_dim": None}, ["no qk_rope_head_dim"]),
+        (KIMI, {"qk_rope_head_dim": None}, ["qk_rope_head_dim is None"]),
         (LLAMA, {"hidden_size": 4097}, ["hidden_size 4097", "32 num_attention_heads"]),
         (LLAMA, {"num_key_value_heads": 3}, ["32 num_attention_heads", "3 num_key_value_heads"]),
         (LLAMA, {"num_key_value_heads": 64}, ["32 num_attention_heads", "64 num_key_value_heads"]),
@@ -360,7 +360,7 @@ def test_an_option_that_cannot_be(complaint, options, status, said):
     """A bad option value is named with the option and the value, a bad combination is refused."""
     seq = [] if options[0] in ("--seq", "--context") else ["--seq", "4k"]
     found, line = complaint("size", LLAMA, *seq, *options)
-    assert (found, line) == (status, line)
+    assert found == status, line
     assert said in line
 
 

@@ -64,7 +64,7 @@ def test_other_entries_are_refused_with_their_deciding_field():
     "name", [name for name in SIZED if class_defaults(decoder_type(ENTRIES[name].config))]
 )
 def test_transformers_reads_an_entry_the_same_way(name):
-    """transformers' own configuration class finds the same layers, windows, heads and widths."""
+    """Transformers' own configuration class finds the same layers, windows, heads and widths."""
     config = dict(ENTRIES[name].config)
     for key in ("quantization_config", "auto_map"):
         config.pop(key, None)

@@ -50,7 +50,9 @@ def refuse(architecture: Architecture, *, tp: int, pp: int) -> None:
             "kvcalc never runs a repository's own code; use --engine model"
         )
         raise UnsupportedError(msg)
-    if any(isinstance(layer, SlidingAttention) and layer.window == 1 for layer in architecture.layers):
+    if any(
+        isinstance(layer, SlidingAttention) and layer.window == 1 for layer in architecture.layers
+    ):
         msg = (
             "transformers never drops tokens of a window of 1 (it slices [-0:]); "
             "deciding field: sliding_window"
@@ -96,9 +98,7 @@ def transients(
 def _pinned(layer: Layer) -> Layer:
     if not isinstance(layer, SlidingAttention):
         return layer
-    return FullAttention(
-        kv_heads=layer.kv_heads, key_dim=layer.key_dim, value_dim=layer.value_dim
-    )
+    return FullAttention(kv_heads=layer.kv_heads, key_dim=layer.key_dim, value_dim=layer.value_dim)
 
 
 def _release(text: str) -> tuple[int, int]:

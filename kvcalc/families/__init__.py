@@ -15,6 +15,7 @@ from kvcalc.dtypes import storage_format
 from kvcalc.errors import ConfigError, InputError, UnsupportedError
 from kvcalc.families._complications import refuse_unclaimed
 from kvcalc.layers import Layer
+from kvcalc.units import shown
 
 
 class Family(Protocol):
@@ -95,25 +96,29 @@ def _decoder_fields(config: Mapping[str, Any]) -> ConfigFields:
     """The level of the config that describes the text decoder."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
-        found = "no model_type" if model_type is None else f"model_type {model_type!r:.60}"
+        found = "no model_type" if model_type is None else f"model_type {shown(model_type)}"
         msg = f"config has {found}; kvcalc reads the config.json of Hugging Face transformers"
         raise ConfigError(msg)
     if model_type in families():
         return ConfigFields(config, model_type=model_type)
     text = config.get("text_config")
-    if isinstance(text, Mapping):
-        wrapper = class_defaults(model_type)
-        inner_type = text.get("model_type") or (wrapper.text if wrapper else "")
-        if isinstance(inner_type, str) and inner_type in families():
-            return ConfigFields(text, model_type=inner_type, prefix="text_config.")
+    if text is None:
+        raise UnsupportedError(_unknown_type(model_type, config))
+    if not isinstance(text, Mapping):
+        msg = f"config field text_config is {shown(text)}, not an object"
+        raise ConfigError(msg)
+    wrapper = class_defaults(model_type)
+    inner_type = text.get("model_type") or (wrapper.text if wrapper else "")
+    if isinstance(inner_type, str) and inner_type in families():
+        return ConfigFields(text, model_type=inner_type, prefix="text_config.")
     raise UnsupportedError(_unknown_type(model_type, config))
 
 
 def _unknown_type(model_type: str, config: Mapping[str, Any]) -> str:
-    reason = f"model_type {model_type[:60]!r} is of no family that kvcalc sizes exactly"
+    reason = f"model_type {shown(model_type)} is of no family that kvcalc sizes exactly"
     remote = config.get("auto_map")
     if isinstance(remote, Mapping) and remote:
-        code = str(remote.get("AutoConfig") or next(iter(remote.values())))[:80]
+        code = shown(remote.get("AutoConfig") or next(iter(remote.values())))
         reason += f"; its code lies in the model repository (auto_map: {code}) and is never run"
     return reason + "; deciding field: model_type"
 
@@ -140,29 +145,36 @@ def _declared_cache_dtype(config: Mapping[str, Any], fields: ConfigFields) -> Fi
     """The KV quantisation that the checkpoint itself declares, if any.
 
     compressed-tensors writes `kv_cache_scheme: {num_bits, type}`, ModelOpt
-    `kv_cache_quant_algo: "FP8"`.
+    `kv_cache_quant_algo: "FP8"`; some copies have the name under the other key.
     """
     for level, prefix in ((config, ""), (fields.data, fields.prefix)):
-        quantization = level.get("quantization_config")
-        if not isinstance(quantization, Mapping):
-            continue
+        quantization = _object(level, "quantization_config", prefix)
         key = f"{prefix}quantization_config."
-        scheme = quantization.get("kv_cache_scheme")
-        if isinstance(scheme, Mapping):
-            kind = (scheme.get("num_bits"), scheme.get("type"))
-            name = {(8, "float"): "fp8", (8, "int"): "int8", (4, "int"): "int4"}.get(kind)
-            if name is None:
-                msg = f"{key}kv_cache_scheme {kind} is no KV format that kvcalc knows"
-                raise UnsupportedError(msg)
-            return FieldUse(key + "kv_cache_scheme", name, "config")
-        algorithm = quantization.get("kv_cache_quant_algo")
-        if algorithm is not None:
-            return FieldUse(
-                key + "kv_cache_quant_algo",
-                _format_name(key + "kv_cache_quant_algo", algorithm),
-                "config",
-            )
+        for name in ("kv_cache_scheme", "kv_cache_quant_algo"):
+            value = quantization.get(name)
+            if isinstance(value, Mapping):
+                kind = f"{value.get('num_bits')}-bit {value.get('type')}"
+                if kind not in _SCHEMES:
+                    msg = f"{key}{name} {shown(dict(value))} is no KV format that kvcalc knows"
+                    raise UnsupportedError(msg)
+                return FieldUse(key + name, _SCHEMES[kind], "config")
+            if value is not None:
+                return FieldUse(key + name, _format_name(key + name, value), "config")
     return None
+
+
+_SCHEMES = {"8-bit float": "fp8", "8-bit int": "int8", "4-bit int": "int4"}
+
+
+def _object(level: Mapping[str, Any], key: str, prefix: str) -> Mapping[str, Any]:
+    """A field that must be an object; an empty one when it is absent or null."""
+    value = level.get(key)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        msg = f"config field {prefix}{key} is {shown(value)}, not an object"
+        raise ConfigError(msg)
+    return value
 
 
 def _notes(fields: ConfigFields) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from kvcalc.config import ConfigFields
 from kvcalc.errors import UnsupportedError
+from kvcalc.units import shown
 
 COMPLICATIONS = {
     "layer_types": "layers of several kinds",
@@ -65,11 +66,9 @@ def refuse_unclaimed(
         if value is None and key == "is_encoder_decoder":
             value = config.get(key)
         if _active(key, value):
-            shown = repr(value)
-            shown = shown if len(shown) <= 60 else shown[:59] + "…"
             msg = (
-                f"model_type {fields.model_type!r} with {fields.prefix}{key} = {shown} means "
-                f"{meaning}, which its family does not cover; deciding field: {key}"
+                f"model_type {fields.model_type!r} with {fields.prefix}{key} = {shown(value)} "
+                f"means {meaning}, which its family does not cover; deciding field: {key}"
             )
             raise UnsupportedError(msg)
 

@@ -6,8 +6,13 @@ from kvcalc.layers import Rows
 
 
 def num_layers(config: ConfigFields) -> int:
-    """Number of decoder layers."""
-    return config.count("num_hidden_layers", most=MAX_LAYERS)
+    """Number of decoder layers; a `layer_types` list must have as many entries."""
+    count = config.count("num_hidden_layers", most=MAX_LAYERS)
+    kinds = config.names("layer_types")
+    if kinds is not None and len(kinds) != count:
+        msg = f"config lists {len(kinds)} layer_types for {count} num_hidden_layers"
+        raise ConfigError(msg)
+    return count
 
 
 def kv_rows(config: ConfigFields) -> Rows:

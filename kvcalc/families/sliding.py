@@ -13,6 +13,7 @@ from kvcalc.config import ConfigFields
 from kvcalc.errors import ConfigError, UnsupportedError
 from kvcalc.families._heads import kv_rows, num_layers
 from kvcalc.layers import FullAttention, Layer, SlidingAttention
+from kvcalc.units import shown
 
 SOURCE = "a window layer attends to, and must keep, min(tokens, window) tokens (arXiv:2310.06825)"
 
@@ -24,7 +25,7 @@ Rule = Callable[[ConfigFields, int], tuple[bool, ...]]
 
 def _all_layers(config: ConfigFields, count: int) -> tuple[bool, ...]:
     """Every layer slides as soon as a window is set; these types have no `layer_types`."""
-    if _listed(config, count) is not None:
+    if _listed(config) is not None:
         msg = (
             f"model_type {config.model_type!r} slides in all layers or none, but this config has "
             "layer_types; deciding fields: model_type, layer_types"
@@ -37,7 +38,7 @@ def _full_every(period: int, *, pattern_field: str = "") -> Rule:
     """Every `period`-th layer is full, unless `layer_types` or the pattern field says otherwise."""
 
     def rule(config: ConfigFields, count: int) -> tuple[bool, ...]:
-        listed = _listed(config, count)
+        listed = _listed(config)
         if listed is not None:
             return listed
         every = config.optional_count(pattern_field) if pattern_field else None
@@ -55,7 +56,7 @@ def _switched(slides: Callable[[int, int], bool]) -> Rule:
     """
 
     def rule(config: ConfigFields, count: int) -> tuple[bool, ...]:
-        listed = _listed(config, count)
+        listed = _listed(config)
         if not config.flag("use_sliding_window"):
             if listed is not None and any(listed):
                 msg = "config lists sliding_attention in layer_types, but use_sliding_window is off"
@@ -65,7 +66,7 @@ def _switched(slides: Callable[[int, int], bool]) -> Rule:
             return listed
         first = config.get("max_window_layers")
         if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-            msg = f"config field max_window_layers is {first!r:.60}, not a whole number"
+            msg = f"config field max_window_layers is {shown(first)}, not a whole number"
             raise ConfigError(msg)
         has_window = config.get("sliding_window") is not None
         return tuple(has_window and slides(index, first) for index in range(count))
@@ -78,17 +79,14 @@ def _switched_all(config: ConfigFields, count: int) -> tuple[bool, ...]:
     return _all_layers(config, count) if config.flag("use_sliding_window") else (False,) * count
 
 
-def _listed(config: ConfigFields, count: int) -> tuple[bool, ...] | None:
+def _listed(config: ConfigFields) -> tuple[bool, ...] | None:
     kinds = config.names("layer_types")
     if kinds is None:
         return None
-    if len(kinds) != count:
-        msg = f"config lists {len(kinds)} layer_types for {count} num_hidden_layers"
-        raise ConfigError(msg)
     unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if unknown:
         msg = (
-            f"model_type {config.model_type!r} with layers of kind {unknown[0]!r:.60} is not "
+            f"model_type {config.model_type!r} with layers of kind {shown(unknown[0])} is not "
             "covered; deciding field: layer_types"
         )
         raise UnsupportedError(msg)

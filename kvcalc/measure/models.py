@@ -3,7 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -52,7 +52,7 @@ class LoadedModel(NamedTuple):
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is CUDA when there is one, else the CPU; InputError when the named one is not there."""
+    """`auto` is CUDA when there is one, else the CPU; InputError for one that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -113,9 +113,7 @@ def load_model(
     else:
         loaded = _checkpoint(origin, _TORCH_DTYPES[dtype_name], device, revision)
     loaded.eval()
-    return LoadedModel(
-        origin.resolved, loaded, architecture, origin, weights, dtype_name, device
-    )
+    return LoadedModel(origin.resolved, loaded, architecture, origin, weights, dtype_name, device)
 
 
 def _decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -211,11 +209,11 @@ def _checkpoint(
         model = AutoModelForCausalLM.from_pretrained(
             place, dtype=dtype, revision=revision or "main", trust_remote_code=False
         )
-        return model.to(device)
+        return cast("PreTrainedModel", model.to(device))  # type: ignore[arg-type] # a decorator
     except (OSError, ValueError) as error:
         msg = (
-            f"no weights to load from {place} ({_first_line(error)}); add --weights random to build "
-            "it from its config alone"
+            f"no weights to load from {place} ({_first_line(error)}); add --weights random to "
+            "build it from its config alone"
         )
         raise ModelNotFoundError(msg) from None
 

@@ -62,7 +62,9 @@ def measure(
     try:
         predicted = predict(loaded, chosen, workload)
         row["predicted_bytes"] = predicted.total_bytes
-        row["predicted_ratio_to_dynamic"] = _ratio(predicted.total_bytes, _baseline(loaded, workload))
+        row["predicted_ratio_to_dynamic"] = _ratio(
+            predicted.total_bytes, _baseline(loaded, workload)
+        )
         row |= _measured_bytes(loaded, chosen, workload, predicted)
         row |= _measured_times(loaded, chosen, workload)
     except KvcalcError as error:
@@ -164,8 +166,9 @@ def _measured_bytes(
         first = wrong[0]
         result["status"] = "mismatch"
         result["reason"] = (
-            f"{len(wrong)} of {len(layers)} layers hold other bytes than predicted; layer "
-            f"{first['index']}: {first['predicted_bytes']:,} predicted, {first['held_bytes']:,} held"
+            f"{len(wrong)} of {len(layers)} layers hold other bytes than predicted; "
+            f"layer {first['index']}: {first['predicted_bytes']:,} predicted, "
+            f"{first['held_bytes']:,} held"
         )
     return result
 
@@ -227,7 +230,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _new_cache(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload) -> Cache:
-    module = importlib.import_module(f"{chosen.strategy.__name__}.cache")
+    module = importlib.import_module(f"{chosen.module}.cache")
     cache: Cache = module.build(
         loaded.model.config,
         capacity_tokens=workload.total_tokens,
@@ -238,10 +241,10 @@ def _new_cache(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload) 
 
 def _tokens(loaded: LoadedModel, workload: Workload) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The prompt [batch, prompt_tokens] and the fixed decode steps [batch, 1]."""
-    vocab_size = loaded.model.get_input_embeddings().num_embeddings
+    embeddings: Any = loaded.model.get_input_embeddings()
     generator = torch.Generator().manual_seed(workload.seed)
     shape = (workload.batch, workload.total_tokens)
-    tokens = torch.randint(vocab_size, shape, generator=generator).to(loaded.device)
+    tokens = torch.randint(embeddings.num_embeddings, shape, generator=generator).to(loaded.device)
     prompt, rest = tokens.split([workload.prompt_tokens, workload.decode_tokens], dim=1)
     return prompt, list(rest.split(1, dim=1))
 

@@ -30,7 +30,7 @@ _CSV_COLUMNS = (
 
 def write_json(data: dict[str, Any]) -> None:
     """One JSON object and a newline."""
-    sys.stdout.write(json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
 def write_csv(reports: Sequence[SizeReport]) -> None:

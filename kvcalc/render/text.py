@@ -25,6 +25,19 @@ def table(*columns: str, left: int = 1) -> Table:
     return new
 
 
+def print_sizes(reports: Sequence[SizeReport], *, explain: bool, lengths: bool) -> None:
+    """One report in full, one model at the usual `lengths`, or a comparison; with `explain` every
+    report in full.
+    """
+    if explain or len(reports) == 1:
+        for report in reports:
+            print_report(report, explain=explain)
+    elif lengths and len({report.origin for report in reports}) == 1:
+        print_lengths(reports)
+    else:
+        print_comparison(reports)
+
+
 def print_report(report: SizeReport, *, explain: bool = False) -> None:
     """One model at one point: the total, the growth, the layers, and where it all comes from."""
     out = console()
@@ -187,7 +200,9 @@ def _print_formulas(out: Console, report: SizeReport) -> None:
         count = len(group.indices)
         out.print(f"{count} × {group.kind}, layers {_spans(group.indices)}", style="bold")
         out.print(f"  each {group.formula} = {group.bytes_per_layer:,} B", soft_wrap=True)
-        out.print(f"  {count} × {group.bytes_per_layer:,} B = {group.total_bytes:,} B", soft_wrap=True)
+        out.print(
+            f"  {count} × {group.bytes_per_layer:,} B = {group.total_bytes:,} B", soft_wrap=True
+        )
 
 
 def _spans(indices: tuple[int, ...]) -> str:
@@ -237,12 +252,12 @@ def print_strategies(rows: Sequence[Mapping[str, Any]]) -> None:
         defaults = ",".join(f"{key}={value}" for key, value in row["parameters"].items())
         out.print(Text(row["name"] + (f":{defaults}" if defaults else ""), style="bold"))
         out.print(f"  {row['summary']}", soft_wrap=True)
-        out.print(f"  works on {row['works_on']}; source: {row['source']}", soft_wrap=True, style="dim")
+        out.print(
+            f"  works on {row['works_on']}; source: {row['source']}", soft_wrap=True, style="dim"
+        )
 
 
-def with_progress(
-    rows: Iterable[dict[str, Any]], names: Sequence[str]
-) -> Iterator[dict[str, Any]]:
+def with_progress(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows as they come, with a bar on standard error when that is a terminal."""
     out = console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -290,7 +305,11 @@ def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:
                 soft_wrap=True,
             )
         else:
-            out.print(f"{row['strategy']}: {row['status']}: {row['reason']}", style="bold red", soft_wrap=True)
+            out.print(
+                f"{row['strategy']}: {row['status']}: {row['reason']}",
+                style="bold red",
+                soft_wrap=True,
+            )
     hardware = about["hardware"]["processor"]
     out.print(
         f"{about['device']} ({hardware}), torch {about['torch']}, transformers "

@@ -5,12 +5,14 @@ when a revision is asked for, since an entry has none); the local Hugging Face c
 Only the last imports huggingface_hub.
 """
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from kvcalc.errors import ModelNotFoundError
+from kvcalc.errors import InputError, ModelNotFoundError
 from kvcalc.origin import Origin
 from kvcalc.sources import catalogue, local
+from kvcalc.units import shown
 
 __all__ = ["resolve"]
 
@@ -28,6 +30,8 @@ def resolve(
             requested=name, resolved=name, kind="mapping", detail="given by the caller"
         )
     path = local.existing_path(model)
+    if revision is not None:
+        _check_revision(revision, is_path=path is not None)
     if path is not None:
         return local.read(model, path)
     if revision is None:
@@ -42,6 +46,15 @@ def resolve(
     from kvcalc.sources import hub
 
     return hub.download(model, revision=revision, hint=_did_you_mean(model))
+
+
+def _check_revision(revision: str, *, is_path: bool) -> None:
+    if is_path:
+        msg = "--revision is for models on the Hub; a path has none"
+        raise InputError(msg)
+    if not re.fullmatch(r"[\w.-][\w./-]{0,199}", revision) or ".." in revision:
+        msg = f"--revision {shown(revision)} is no branch, tag or commit"
+        raise InputError(msg)
 
 
 def _catalogue_origin(requested: str, entry: catalogue.CatalogueEntry) -> Origin:
@@ -61,13 +74,12 @@ def _catalogue_origin(requested: str, entry: catalogue.CatalogueEntry) -> Origin
 
 
 def _no_such_model(model: str) -> str:
-    shown = model if len(model) <= 80 else model[:79] + "…"
     return (
-        f"no model {shown!r}: not a file or folder here, not in the catalogue, and no Hugging Face "
-        f"id (org/name).{_did_you_mean(model)} Try: kvcalc models"
+        f"no model {shown(model, most=80)}: not a file or folder here, not in the catalogue, and "
+        f"no Hugging Face id (org/name).{_did_you_mean(model)} Try: kvcalc models"
     )
 
 
 def _did_you_mean(model: str) -> str:
-    close = catalogue.suggestions(model[:100])
+    close = [name for name in catalogue.suggestions(model[:100]) if name != model]
     return f" Did you mean {' or '.join(close)}?" if close else ""

@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kvcalc.errors import (
-    ConfigError,
     GatedModelError,
     HubUnavailableError,
-    KvcalcError,
+    InputError,
     ModelNotFoundError,
+    OutputError,
 )
 from kvcalc.origin import Origin
 from kvcalc.sources.local import read_config
+from kvcalc.units import shown
 
 Result = TypeVar("Result")
 
 ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 0.5
-TIMEOUT_SECONDS = 10
+
+_NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
 
 def download(
@@ -54,15 +56,15 @@ def check_reachable(model: str, *, revision: str | None, hint: str = "") -> None
 
     A download that cannot connect retries for half a minute on its own; this fails in seconds.
     """
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, logging
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, logging
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     disable_progress_bars()
 
     def ask() -> None:
         url = hf_hub_url(model, "config.json", revision=revision)
-        get_hf_file_metadata(url, timeout=TIMEOUT_SECONDS)
+        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
     _with_retries(ask, model, revision, hint)
 
@@ -88,7 +90,7 @@ def _with_retries(
 
 def _explain(
     error: Exception, model: str, revision: str | None, hint: str
-) -> tuple[KvcalcError, bool]:
+) -> tuple[Exception, bool]:
     """The sentence for a failure, and whether another try may succeed."""
     from huggingface_hub import errors
 
@@ -99,7 +101,7 @@ def _explain(
         )
         return GatedModelError(msg), False
     if isinstance(error, errors.RevisionNotFoundError):
-        msg = f"{model} has no revision {revision!r:.60}; leave --revision out for its main branch"
+        msg = f"{model} has no revision {shown(revision)}; leave --revision out for its main branch"
         return ModelNotFoundError(msg), False
     if isinstance(error, errors.RepositoryNotFoundError):
         msg = (
@@ -113,17 +115,24 @@ def _explain(
         msg = f"{model} has no config.json, so it is no transformers model; give a config.json file"
         return ModelNotFoundError(msg), False
     if isinstance(error, errors.HFValidationError):
-        return ModelNotFoundError(f"{model!r:.100} is no Hugging Face model id (org/name)"), False
-    return _unavailable(error, model, hint)
+        return ModelNotFoundError(f"{shown(model)} is no Hugging Face model id (org/name)"), False
+    return _unavailable(error, model, revision, hint)
 
 
-def _unavailable(error: Exception, model: str, hint: str) -> tuple[KvcalcError, bool]:
+def _unavailable(
+    error: Exception, model: str, revision: str | None, hint: str
+) -> tuple[Exception, bool]:
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
+        missing = (
+            f"revision {revision} of {model} is not"
+            if revision
+            else f"{model} is neither in the catalogue nor"
+        )
         msg = (
-            f"{model} is neither in the catalogue nor in the local Hugging Face cache, and "
-            f"HF_HUB_OFFLINE is set: unset it, or give a config.json file.{hint}"
+            f"{missing} in the local Hugging Face cache, and HF_HUB_OFFLINE is set: unset it, or "
+            f"give a config.json file.{hint}"
         )
         return HubUnavailableError(msg), False
     status = _status(error)
@@ -134,19 +143,44 @@ def _unavailable(error: Exception, model: str, hint: str) -> tuple[KvcalcError, 
         )
         return HubUnavailableError(msg), True
     if status in (401, 403):
-        msg = f"the Hub refused access to {model} ({status}): log in with `hf auth login`"
+        msg = (
+            f"the Hub refused access to {model} ({status}): check HF_TOKEN, or log in again with "
+            "`hf auth login`"
+        )
         return GatedModelError(msg), False
     if status:
-        msg = f"the Hub answered {status} for {model}: try again later, or give a config.json file"
+        advice = "try again later, or give" if status >= 500 else "check HF_ENDPOINT, or give"
+        msg = f"the Hub answered {status} for {model}: {advice} a config.json file"
         return HubUnavailableError(msg), status >= 500
+    return _unreachable(error, model, hint)
+
+
+def _unreachable(error: Exception, model: str, hint: str) -> tuple[Exception, bool]:
+    """No answer at all: a setting that cannot work, the disk, or the network."""
+    links = _chain(error)
+    if any(isinstance(link, UnicodeError) for link in links):
+        msg = "HF_TOKEN holds characters that no token has: set it again, or unset it"
+        return InputError(msg), False
+    if any("Protocol" in type(link).__name__ or "URL" in type(link).__name__ for link in links):
+        msg = "HF_ENDPOINT is no address such as https://huggingface.co: correct it, or unset it"
+        return InputError(msg), False
     if isinstance(error, OSError) and error.filename is not None:
-        msg = f"cannot write to the Hugging Face cache: {error.strerror}; set HF_HOME to a folder that can be"
-        return ConfigError(msg), False
+        msg = (
+            f"cannot write to the Hugging Face cache: {error.strerror}; set HF_HUB_CACHE to a "
+            "folder that can be written"
+        )
+        return OutputError(msg), False
+    if not any(isinstance(link, OSError) or _is_network(link) for link in links):
+        return error, False
     msg = (
-        f"cannot reach the Hub for {model} ({type(_root(error)).__name__}): go online, or give a "
+        f"cannot reach the Hub for {model} ({type(links[-1]).__name__}): go online, or give a "
         f"config.json file.{hint}"
     )
     return HubUnavailableError(msg), True
+
+
+def _is_network(error: BaseException) -> bool:
+    return type(error).__module__.partition(".")[0] in _NETWORK_MODULES
 
 
 def _status(error: BaseException | None) -> int:
@@ -157,10 +191,6 @@ def _status(error: BaseException | None) -> int:
         if isinstance(status, int):
             return status
     return 0
-
-
-def _root(error: BaseException) -> BaseException:
-    return _chain(error)[-1]
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from kvcalc.errors import ConfigError, ModelNotFoundError
 from kvcalc.origin import Origin
+from kvcalc.units import shown
 
 MAX_CONFIG_BYTES = 16 * 2**20
 """Largest config.json read; published ones stay below 1 MB."""
@@ -19,6 +20,8 @@ _REPOSITORY_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 def existing_path(model: str) -> Path | None:
     """The path that `model` names, when it exists or can only be meant as one."""
     looks_like_path = model.startswith((".", "/", "~")) or model.endswith((".json", ".safetensors"))
+    if not model:
+        return None
     try:
         path = Path(model).expanduser()
         exists = path.exists()
@@ -27,16 +30,17 @@ def existing_path(model: str) -> Path | None:
     if exists:
         return path
     if looks_like_path:
-        msg = f"no file or folder {model!r:.120}; give a config.json, a model folder or a model id"
+        msg = (
+            f"no file or folder {shown(model, most=120)}; give a config.json, a model folder or a "
+            "model id"
+        )
         raise ModelNotFoundError(msg)
     return None
 
 
 def is_repository_id(model: str) -> bool:
     """Whether `model` could be a repository on the Hub: `org/name`, or a plain old `name`."""
-    return (
-        _REPOSITORY_ID.fullmatch(model) is not None and ".." not in model and "--" not in model
-    )
+    return _REPOSITORY_ID.fullmatch(model) is not None and ".." not in model and "--" not in model
 
 
 def read(requested: str, path: Path, *, kind: str = "file") -> tuple[Mapping[str, Any], Origin]:
@@ -53,11 +57,12 @@ def read(requested: str, path: Path, *, kind: str = "file") -> tuple[Mapping[str
 def read_config(path: Path) -> Mapping[str, Any]:
     """Parse a config.json; ConfigError when it is too large, not JSON, or not an object."""
     try:
-        num_bytes = path.stat().st_size
-        if num_bytes > MAX_CONFIG_BYTES:
-            msg = f"{path} has {num_bytes:,} bytes; no config.json is larger than {MAX_CONFIG_BYTES:,}"
+        with path.open("rb") as file:
+            raw = file.read(MAX_CONFIG_BYTES + 1)
+        if len(raw) > MAX_CONFIG_BYTES:
+            msg = f"{path} is larger than {MAX_CONFIG_BYTES:,} bytes, which no config.json is"
             raise ConfigError(msg)
-        text = path.read_text(encoding="utf-8-sig")
+        text = raw.decode("utf-8-sig")
     except OSError as error:
         msg = f"cannot read {path}: {error.strerror or error}"
         raise ConfigError(msg) from None
@@ -75,7 +80,7 @@ def parse_config(text: str, *, name: str) -> Mapping[str, Any]:
         msg = f"{name} is not JSON: {str(error) or type(error).__name__:.100}"
         raise ConfigError(msg) from None
     if not isinstance(config, dict):
-        kind = "an array" if isinstance(config, list) else f"a {type(config).__name__}"
+        kind = "an array" if isinstance(config, list) else shown(config)
         msg = f"{name} holds {kind}, not a JSON object of config fields"
         raise ConfigError(msg)
     return config
@@ -102,11 +107,14 @@ def find_in_hf_cache(model: str, *, revision: str) -> Path | None:
 def hf_cache_folder() -> Path:
     """Where huggingface_hub keeps repositories: its environment variables, else its default."""
     if explicit := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(explicit).expanduser()
+        return _expanded(explicit)
     if home := os.environ.get("HF_HOME"):
-        return Path(home).expanduser() / "hub"
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "huggingface" / "hub"
+        return _expanded(home) / "hub"
+    return _expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface" / "hub"
+
+
+def _expanded(path: str) -> Path:
+    return Path(os.path.expandvars(path)).expanduser()
 
 
 def _config_path(path: Path) -> Path:
@@ -120,7 +128,7 @@ def _config_path(path: Path) -> Path:
     if len(snapshots) == 1:
         return snapshots[0]
     if snapshots:
-        msg = f"{path} holds {len(snapshots)} snapshots; give one of them, e.g. {snapshots[-1].parent}"
+        msg = f"{path} holds {len(snapshots)} snapshots; give one, e.g. {snapshots[-1].parent}"
         raise ModelNotFoundError(msg)
     msg = f"no config.json in {path}; give a model folder or the config.json itself"
     raise ModelNotFoundError(msg)

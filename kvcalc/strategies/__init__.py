@@ -37,6 +37,11 @@ class ChosenStrategy(NamedTuple):
     strategy: Strategy
 
     @property
+    def module(self) -> str:
+        """The package of the strategy; the running cache is its module `cache`."""
+        return f"{__name__}.{self.name.replace('-', '_')}"
+
+    @property
     def spec(self) -> str:
         """`int4:group=32,residual=128`: every parameter spelled out."""
         if not self.parameters:

@@ -38,6 +38,10 @@ class Int4Layer(DynamicLayer):
         self.group = group
         self.residual = residual
         self.num_tokens = 0
+        self.keys: Tensor
+        self.values: Tensor
+        self.packed_keys = self.key_scales = self.key_minima = torch.empty(0)
+        self.packed_values = self.value_scales = self.value_minima = torch.empty(0)
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty tail and empty packed storage, on the device and in the dtype of the states."""
@@ -52,9 +56,7 @@ class Int4Layer(DynamicLayer):
         self.packed_keys = self.keys.new_empty(batch, heads, 0, key_dim // 2, dtype=torch.uint8)
         self.key_scales = self.keys.new_empty(batch, heads, 0, key_dim)
         self.key_minima = self.keys.new_empty(batch, heads, 0, key_dim)
-        self.packed_values = self.keys.new_empty(
-            batch, heads, 0, value_dim // 2, dtype=torch.uint8
-        )
+        self.packed_values = self.keys.new_empty(batch, heads, 0, value_dim // 2, dtype=torch.uint8)
         self.value_scales = self.keys.new_empty(batch, heads, 0, value_dim // self.group)
         self.value_minima = self.keys.new_empty(batch, heads, 0, value_dim // self.group)
         self.is_initialized = True
@@ -104,11 +106,7 @@ class Int4Layer(DynamicLayer):
 
     def reset(self) -> None:
         """Back to empty; storage is let go."""
-        self.is_initialized = False
-        self.num_tokens = 0
-        self.keys = self.values = None
-        self.packed_keys = self.key_scales = self.key_minima = None
-        self.packed_values = self.value_scales = self.value_minima = None
+        self.__init__(group=self.group, residual=self.residual)  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Not possible: packed tokens cannot return to the tail they came from."""

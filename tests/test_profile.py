@@ -1,0 +1,245 @@
+"""Profiling: rows, their records on disk, and what happens when a strategy goes wrong."""
+
+import json
+import os
+
+import pytest
+import torch
+from tiny import build, tiny_config
+
+from kvcalc import cli
+from kvcalc.measure import models, run
+from kvcalc.measure.peak import peak_memory
+from kvcalc.strategies import load_strategy, strategy_names
+from kvcalc.strategies.static import cache as static_cache
+
+SMALL_GROUPS = {"int4": "int4:group=8,residual=5"}
+"""Parameters that let a strategy show what it does on a model of a few channels."""
+
+SMALL = ["profile", "--seq", "200", "--decode", "3", "--repeats", "2", "--device", "cpu"]
+
+
+def rows_of(capsys, *arguments):
+    """Status and rows of a small profile."""
+    status = cli.run([*SMALL, "--json", *arguments])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["schema"] == "kvcalc.profile/1"
+    return status, printed["rows"]
+
+
+def test_predicted_is_held_for_each_strategy(capsys):
+    """Three strategies on the built-in model: three rows, predicted = held in every layer."""
+    status, rows = rows_of(capsys, "--strategy", "dynamic,static,int4")
+    assert status == 0
+    assert [row["strategy"] for row in rows] == ["dynamic", "static", "int4"]
+    for row in rows:
+        assert row["status"] == "ok"
+        assert row["predicted_bytes"] == row["held_bytes"] > 0
+        for layer in row["layers"]:
+            assert layer["predicted_bytes"] == layer["held_bytes"]
+        for timing in (row["ttft_seconds"], row["tpot_seconds"]):
+            assert timing["min"] <= timing["median"] <= timing["max"]
+            assert timing["spread"] >= 0
+            assert len(timing["runs"]) == 2
+        assert row["peak_bytes"] > row["held_bytes"]
+    assert rows[0]["ratio_to_dynamic"] == {"held": 1, "peak": 1, "ttft": 1, "tpot": 1}
+    assert rows[2]["ratio_to_dynamic"]["held"] == rows[2]["predicted_ratio_to_dynamic"] < 1
+
+
+def test_conditions_are_recorded(capsys):
+    """Each row says on what hardware, with which versions, commit, seed and load it ran."""
+    _, (row,) = rows_of(capsys, "--strategy", "dynamic", "--seed", "7", "--batch", "2")
+    conditions = row["conditions"]
+    assert conditions["torch"] == torch.__version__
+    assert conditions["hardware"]["processor"]
+    assert conditions["hardware"]["cores"] == os.cpu_count()
+    assert (conditions["seed"], conditions["batch"], conditions["prompt_tokens"]) == (7, 2, 200)
+    assert {"kvcalc", "commit", "transformers", "time", "threads", "load_average"} <= set(
+        conditions
+    )
+
+
+def test_a_window_model_says_what_its_prefill_pins(capsys, tmp_path):
+    """A model with windows built from a config.json holds its windows, and pinned the prompt."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(tiny_config("gemma3_text", num_hidden_layers=7)))
+    status, (row,) = rows_of(capsys, str(path), "--weights", "random", "--strategy", "dynamic")
+    assert status == 0
+    assert row["after_prefill_bytes"] > row["held_bytes"] == row["predicted_bytes"]
+    assert row["logical_bytes"] < row["held_bytes"]
+
+
+def test_a_slice_of_the_layers(capsys):
+    """`--layers 1` of a catalogued model has the real shapes of one layer."""
+    name = "HuggingFaceTB/SmolLM-135M"
+    status, (row,) = rows_of(
+        capsys, name, "--weights", "random", "--layers", "1", "--strategy", "dynamic"
+    )
+    assert status == 0
+    assert row["conditions"]["num_layers"] == len(row["layers"]) == 1
+    assert row["held_bytes"] == 203 * 2 * 3 * 64 * 2
+
+
+def test_a_checkpoint_is_loaded_from_a_folder(capsys, tmp_path):
+    """A folder that save_pretrained wrote is loaded with its weights and measured."""
+    build(tiny_config("qwen3")).save_pretrained(tmp_path)
+    status, (row,) = rows_of(capsys, str(tmp_path), "--strategy", "dynamic")
+    assert (status, row["conditions"]["weights"]) == (0, "checkpoint")
+    assert row["predicted_bytes"] == row["held_bytes"]
+
+
+def test_rows_are_appended_as_json_lines(capsys, tmp_path):
+    """`--out` holds one JSON object a line, appended to what was there."""
+    out = tmp_path / "rows.jsonl"
+    for _ in range(2):
+        rows_of(capsys, "--strategy", "dynamic", "--out", str(out))
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len(rows) == 2
+    assert all(row["schema"] == "kvcalc.profile-row/1" for row in rows)
+
+
+def test_a_broken_prediction_is_a_failure(capsys, monkeypatch):
+    """A cache that holds other bytes than promised is reported by layer, with exit status 1."""
+    build = static_cache.build
+
+    def too_long(config, *, capacity_tokens, parameters):
+        return build(config, capacity_tokens=capacity_tokens + 1, parameters=parameters)
+
+    monkeypatch.setattr(static_cache, "build", too_long)
+    status, rows = rows_of(capsys, "--strategy", "dynamic,static")
+    assert status == 1
+    assert [row["status"] for row in rows] == ["ok", "mismatch"]
+    assert "layer 0" in rows[1]["reason"]
+    assert rows[1]["held_bytes"] > rows[1]["predicted_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected_status", "exit_status"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory", 1),
+        (MemoryError(), "out_of_memory", 1),
+        (ValueError("something else"), "failed", 70),
+    ],
+)
+def test_one_strategy_going_wrong_keeps_the_others(
+    capsys, monkeypatch, error, expected_status, exit_status
+):
+    """Out of memory or a failure in one strategy is a row of its own; the rest goes on."""
+
+    def fail(config, *, capacity_tokens, parameters):
+        raise error
+
+    monkeypatch.setattr(static_cache, "build", fail)
+    status, rows = rows_of(capsys, "--strategy", "static,dynamic")
+    assert status == exit_status
+    assert [row["status"] for row in rows] == [expected_status, "ok"]
+    assert rows[0]["reason"]
+
+
+def test_a_strategy_that_does_not_apply_is_refused(capsys):
+    """int4 with a group that no row divides into is refused with the reason; others run."""
+    status, rows = rows_of(capsys, "--strategy", "int4:group=48,dynamic")
+    assert status == 0
+    assert [row["status"] for row in rows] == ["refused", "ok"]
+    assert "group" in rows[0]["reason"]
+    status, rows = rows_of(capsys, "--strategy", "int4:group=48")
+    assert status == 3
+
+
+def test_ctrl_c_keeps_the_finished_rows(capsys, monkeypatch, tmp_path):
+    """An interrupt in the second strategy leaves the first printed and on disk, status 130."""
+
+    def interrupt(config, *, capacity_tokens, parameters):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(static_cache, "build", interrupt)
+    out = tmp_path / "rows.jsonl"
+    arguments = ["--json", "--strategy", "dynamic,static,int4", "--out", str(out)]
+    status = cli.run([*SMALL, *arguments])
+    printed = capsys.readouterr()
+    assert status == 130
+    assert [row["strategy"] for row in json.loads(printed.out)["rows"]] == ["dynamic"]
+    assert len(out.read_text().splitlines()) == 1
+    assert "1 of 3 strategies measured" in printed.err
+    assert "interrupted" in printed.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["--out", "/proc/nowhere/rows.jsonl"], 2, "choose another --out"),
+        (["--device", "cuda:99"], 2, "device"),
+        (["--device", "toaster"], 2, "device"),
+        (["--strategy", "int5"], 2, "unknown strategy"),
+        (["--strategy", "int4:bits=3"], 2, "parameter"),
+        (["--decode", "0"], 2, "--decode"),
+        (["llama-3-8b", "--layers", "2"], 2, "--weights random"),
+        (["--dtype", "int8"], 2, "--dtype"),
+        (["llama-3-8b"], 2, "--weights random"),
+        (["jamba-v0.1", "--weights", "random"], 3, "deciding field"),
+        (["moonshotai/Kimi-K2-Instruct", "--weights", "random"], 3, "kvcalc size"),
+        (["llama-3-8b", "--weights", "random", "--layers", "33"], 2, "from 1 to 32"),
+        (["google/gemma-2b-it", "--weights", "random"], 2, "partial"),
+    ],
+)
+def test_bad_input_is_one_line(capsys, arguments, status, words):
+    """What cannot be measured says so in one line before anything is loaded."""
+    assert cli.run(["profile", "--seq", "64", *arguments]) == status
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert len(printed.err.strip().splitlines()) == 1
+    assert words in printed.err
+
+
+def test_missing_packages_name_the_command_that_installs_them(capsys, monkeypatch):
+    """Without torch, profile says which command installs it."""
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.run(SMALL) == 2
+    assert "pip install 'kvcalc[profile]'" in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch, capsys):
+    """A model larger than the free memory is refused with its size and the way out."""
+    monkeypatch.setattr(os, "sysconf", lambda name: 1024)
+    arguments = ["llama-3-8b", "--weights", "random"]
+    assert cli.run([*SMALL, *arguments]) == 2
+    assert "--layers N" in capsys.readouterr().err
+
+
+def test_the_cpu_peak_is_the_same_in_every_run():
+    """The traced peak of the same work is one number, and at least its largest tensor."""
+
+    def work():
+        with peak_memory(torch.device("cpu")) as peak:
+            kept = torch.zeros(1000, 1000)
+            (kept + 1).sum()
+        return peak.num_bytes
+
+    first = work()
+    assert first == work()
+    assert 2 * 4_000_000 <= first < 3 * 4_000_000
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "deepseek_v3"])
+@pytest.mark.parametrize("name", strategy_names())
+def test_every_strategy_promises_what_it_holds(model_type, name, tmp_path):
+    """Over all strategies there are: predicted = held on full, window and latent models."""
+    path = tmp_path / "config.json"
+    widths = {} if model_type == "deepseek_v3" else {"head_dim": 16}
+    path.write_text(json.dumps(tiny_config(model_type, **widths)))
+    loaded = models.load_model(
+        str(path),
+        weights="random",
+        num_layers=None,
+        dtype="fp32",
+        device=torch.device("cpu"),
+        seed=0,
+        revision=None,
+    )
+    chosen = load_strategy(SMALL_GROUPS.get(name, name))
+    for prompt in (4, 40):
+        row = run.measure(loaded, chosen, run.Workload(prompt, 3, 2, 1, 1, 0), {})
+        assert row["status"] == "ok", row["reason"]

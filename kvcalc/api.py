@@ -1,6 +1,7 @@
 """The library's verbs: what `import kvcalc` offers, and what each command calls."""
 
 from collections.abc import Mapping, Sequence
+from os import PathLike, fspath
 from typing import Any, NamedTuple
 
 from kvcalc import sources
@@ -36,7 +37,7 @@ class SizeTable(NamedTuple):
 
 
 def size(
-    model: str | Mapping[str, Any],
+    model: str | PathLike[str] | Mapping[str, Any],
     *,
     seq: int | str,
     batch: int = 1,
@@ -88,9 +89,11 @@ def size_point(
 
 
 def read_model(
-    model: str | Mapping[str, Any], *, revision: str | None = None
+    model: str | PathLike[str] | Mapping[str, Any], *, revision: str | None = None
 ) -> tuple[Architecture, Origin]:
     """Find a model's config and read it into an Architecture."""
+    if isinstance(model, PathLike):
+        model = fspath(model)
     config, origin = sources.resolve(model, revision=revision)
     return describe(config), origin
 

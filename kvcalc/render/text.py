@@ -17,11 +17,17 @@ def console(*, stderr: bool = False) -> Console:
     return Console(highlight=False, markup=False, emoji=False, stderr=stderr)
 
 
-def table(*columns: str, left: int = 1) -> Table:
-    """A plain table whose first `left` columns are text and the others numbers."""
+_WORDS = frozenset(
+    {"Model", "Type", "Family", "Strategy", "Dtype", "Layers", "Kind", "Keeps for a token"}
+)
+"""Columns of words, to the left; all others hold numbers, to the right."""
+
+
+def table(*columns: str) -> Table:
+    """A plain table without lines."""
     new = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for index, column in enumerate(columns):
-        new.add_column(column, justify="left" if index < left else "right", overflow="fold")
+    for column in columns:
+        new.add_column(column, justify="left" if column in _WORDS else "right", overflow="fold")
     return new
 
 
@@ -81,7 +87,7 @@ def print_lengths(reports: Sequence[SizeReport]) -> None:
     for line in growth(first):
         out.print(line, soft_wrap=True)
     out.print()
-    rows = table("Tokens", "KV cache", "Bytes", left=0)
+    rows = table("Tokens", "KV cache", "Bytes")
     for report in reports:
         at_most = " (max)" if report.seq_tokens == report.max_tokens else ""
         rows.add_row(
@@ -183,7 +189,7 @@ def _point(report: SizeReport) -> str:
 
 
 def _layer_table(report: SizeReport) -> Table:
-    rows = table("Layers", "Kind", "Keeps for a token", "B/token", "Bytes", left=3)
+    rows = table("Layers", "Kind", "Keeps for a token", "B/token", "Bytes")
     for group in report.groups:
         rows.add_row(
             str(len(group.indices)),
@@ -227,7 +233,7 @@ def _short(value: object) -> str:
 def print_models(rows: Sequence[Mapping[str, Any]], *, pattern: str) -> None:
     """The catalogue's entries, and how many of them are sized."""
     out = console()
-    shown = table("Model", "Type", "Family", "Layers", "Max tokens", "B/token", left=3)
+    shown = table("Model", "Type", "Family", "Layers", "Max tokens", "B/token")
     for row in rows:
         shown.add_row(
             row["name"],

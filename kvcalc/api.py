@@ -159,24 +159,20 @@ def list_models(pattern: str = "") -> list[dict[str, Any]]:
 
 
 def _sized(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Family and cost of a catalogue entry, or why it is refused."""
+    """Family and cost of a catalogue entry once its windows are full, or why it is refused."""
     try:
         architecture = describe(config)
         origin = Origin(requested="", resolved="", kind="catalogue", detail="")
         report = size_architecture(architecture, origin=origin, seq_tokens=1)
     except KvcalcError as error:
-        return {
-            "family": "",
-            "layers": 0,
-            "max_tokens": 0,
-            "bytes_per_token": 0,
-            "refused": str(error),
-        }
+        return {"family": "", "layers": 0, "max_tokens": 0, "refused": str(error)}
+    last = report.segments[-1]
     return {
         "family": architecture.family,
         "layers": len(architecture.layers),
         "max_tokens": architecture.max_tokens,
-        "bytes_per_token": report.bytes_per_token,
+        "bytes_per_token": last.bytes_per_token,
+        "fixed_bytes": last.fixed_bytes,
         "refused": "",
     }
 

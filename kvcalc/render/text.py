@@ -141,7 +141,12 @@ def print_comparison(reports: Sequence[SizeReport]) -> None:
         )
     out.print(rows)
     out.print()
-    for note in dict.fromkeys(f"{r.origin.resolved}: {note}" for r in reports for note in r.notes):
+    notes = [
+        note if report.origin.resolved in note else f"{report.origin.resolved}: {note}"
+        for report in reports
+        for note in report.notes
+    ]
+    for note in dict.fromkeys(notes):
         out.print(f"note: {note}", soft_wrap=True, style="yellow")
 
 
@@ -233,7 +238,7 @@ def _short(value: object) -> str:
 def print_models(rows: Sequence[Mapping[str, Any]], *, pattern: str) -> None:
     """The catalogue's entries, and how many of them are sized."""
     out = console()
-    shown = table("Model", "Type", "Family", "Layers", "Max tokens", "B/token")
+    shown = table("Model", "Type", "Family", "Layers", "Max tokens", "B/token", "+ fixed")
     for row in rows:
         shown.add_row(
             row["name"],
@@ -241,14 +246,16 @@ def print_models(rows: Sequence[Mapping[str, Any]], *, pattern: str) -> None:
             row["family"] or "refused",
             str(row["layers"] or ""),
             f"{row['max_tokens']:,}" if row["max_tokens"] else "",
-            f"{row['bytes_per_token']:,}" if row["bytes_per_token"] else "",
+            f"{row['bytes_per_token']:,}" if not row["refused"] else "",
+            format_bytes(row["fixed_bytes"]) if row.get("fixed_bytes") else "",
         )
     if rows:
         out.print(shown)
         out.print()
     sized = sum(not row["refused"] for row in rows)
     matching = f" matching {pattern!r}" if pattern else ""
-    out.print(f"{len(rows)} models{matching}, {sized} of them sized", style="dim", soft_wrap=True)
+    count = f"{len(rows)} model{'s' * (len(rows) != 1)}"
+    out.print(f"{count}{matching}, {sized} of them sized", style="dim", soft_wrap=True)
 
 
 def print_strategies(rows: Sequence[Mapping[str, Any]]) -> None:

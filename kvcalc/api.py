@@ -160,13 +160,13 @@ def list_models(pattern: str = "") -> list[dict[str, Any]]:
 
 def _sized(config: Mapping[str, Any]) -> dict[str, Any]:
     """Family and cost of a catalogue entry once its windows are full, or why it is refused."""
+    facts = {"family": "", "layers": 0, "max_tokens": 0, "bytes_per_token": 0, "fixed_bytes": 0}
     try:
         architecture = describe(config)
         origin = Origin(requested="", resolved="", kind="catalogue", detail="")
-        report = size_architecture(architecture, origin=origin, seq_tokens=1)
+        last = size_architecture(architecture, origin=origin, seq_tokens=1).segments[-1]
     except KvcalcError as error:
-        return {"family": "", "layers": 0, "max_tokens": 0, "refused": str(error)}
-    last = report.segments[-1]
+        return facts | {"refused": str(error)}
     return {
         "family": architecture.family,
         "layers": len(architecture.layers),

@@ -94,8 +94,7 @@ def test_imports_point_one_way():
         f"{path.relative_to(ROOT)} imports {imported}"
         for path in sorted(PACKAGE.rglob("*.py"))
         for imported in imported_parts(path)
-        if imported != part_of(path)
-        and ORDER[imported] >= ORDER[part_of(path)]
+        if imported != part_of(path) and ORDER[imported] >= ORDER[part_of(path)]
     ]
     assert wrong == []
 

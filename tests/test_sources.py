@@ -294,7 +294,7 @@ def test_models_lists_everything_and_nothing(capsys):
     assert run(["models", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["models"]
     assert [row["name"] for row in rows] == list(catalogue.names())
-    assert all(bool(row["refused"]) != bool(row["bytes_per_token"]) for row in rows)
+    assert all(bool(row["refused"]) != bool(row["layers"]) for row in rows)
 
     assert run(["models", "zzzzzz", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["models"] == []

@@ -247,7 +247,7 @@ def print_models(rows: Sequence[Mapping[str, Any]], *, pattern: str) -> None:
             str(row["layers"] or ""),
             f"{row['max_tokens']:,}" if row["max_tokens"] else "",
             f"{row['bytes_per_token']:,}" if not row["refused"] else "",
-            format_bytes(row["fixed_bytes"]) if row.get("fixed_bytes") else "",
+            format_bytes(row["fixed_bytes"]) if row["fixed_bytes"] else "",
         )
     if rows:
         out.print(shown)

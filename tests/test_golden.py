@@ -1,4 +1,6 @@
-"""Sizes that others printed: engine logs and published figures, each with its source."""
+"""Sizes that others printed, graded: engine logs, published figures, and arithmetic by hand on
+published facts. What was measured here stands in `profiles/measurements`, under test elsewhere.
+"""
 
 import json
 from collections import Counter
@@ -14,7 +16,7 @@ from kvcalc.units import GIB, KIB, MIB
 
 GOLDEN = Path(__file__).with_name("golden.json")
 
-GRADES = {"engine log", "published figure", "measured tensors"}
+GRADES = {"engine log", "published figure", "hand arithmetic"}
 FAMILIES = {"full", "sliding", "mla"}
 UNITS = {"B": 1, "kB": 1000, "KiB": KIB, "MiB": MIB, "GiB": GIB, "tokens": 1}
 
@@ -97,7 +99,7 @@ def test_size_is_what_the_source_printed(case):
 
 def test_evidence_is_broad_and_graded():
     """There are enough cases of each family, every one graded, sourced and explained."""
-    assert len(CASES) >= 25
+    assert sum(case.grade != "hand arithmetic" for case in CASES) >= 25
     assert len({case.id for case in CASES}) == len(CASES)
     assert {case.grade for case in CASES} <= GRADES
     families = Counter(case.family for case in CASES)

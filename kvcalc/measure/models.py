@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 
 from kvcalc import sources
@@ -35,6 +36,8 @@ BUILT_IN_CONFIG: Mapping[str, Any] = {
 """A small Llama with grouped-query attention; random weights, so only bytes and times mean much."""
 
 _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+_TILE = 2**20
 
 _FIELDS_NEEDED = ("vocab_size", "hidden_size")
 
@@ -164,8 +167,28 @@ def _random(
         shapes = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     need_bytes = sum(tensor.numel() for tensor in shapes.parameters()) * dtype.itemsize
     _check_room(need_bytes, device)
-    with torch.device(device):
-        return AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    with no_init_weights(), torch.device(device):
+        model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    model.tie_weights()
+    _fill(model)
+    return cast("PreTrainedModel", model)
+
+
+def _fill(model: PreTrainedModel) -> None:
+    """Small random weights, ones for norms: a model that computes, made at memory speed.
+
+    One tile of noise is laid over each tensor; drawing every weight would take minutes for
+    billions of them and change no byte or time.
+    """
+    for name, parameter in model.named_parameters():
+        flat = parameter.data.view(-1)
+        if parameter.dim() < 2 and not name.endswith("bias"):
+            flat.fill_(1)
+            continue
+        tile = 0.02 * torch.randn(min(_TILE, flat.numel()), device=flat.device)
+        for start in range(0, flat.numel(), _TILE):
+            part = flat[start : start + _TILE]
+            part.copy_(tile[: part.numel()])
 
 
 def _field(config: Mapping[str, Any], key: str) -> object:

@@ -3,7 +3,7 @@
 Everything is integer addition over the layers; no I/O. The result keeps what it was made of.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -167,16 +167,10 @@ def size_architecture(
     dtype_use = _dtype(architecture, runtime, chosen, kv_dtype)
     dtype = storage_format(str(dtype_use.value))
     runtime.check_dtype(dtype)
-    stored = _stored_layers(architecture, runtime, chosen)
-    groups = tuple(
-        _group(layer, indices, tokens=seq_tokens, batch=batch, tp=tp, dtype=dtype)
-        for layer, indices in stored.items()
-    )
+    stored = _stored_layers(architecture, runtime, chosen, tp=tp, dtype=dtype)
+    groups = tuple(each.group(seq_tokens, batch) for each in stored)
     total_bytes = sum(group.total_bytes for group in groups)
-    unsharded_bytes = sum(
-        len(indices) * layer.num_bytes(tokens=seq_tokens, batch=batch, dtype=dtype)
-        for layer, indices in stored.items()
-    )
+    unsharded_bytes = sum(each.unsharded_bytes(seq_tokens, batch) for each in stored)
     return SizeReport(
         origin=origin,
         model_type=architecture.model_type,
@@ -194,27 +188,59 @@ def size_architecture(
         kv_dtype_origin=dtype_use.origin,
         total_bytes=total_bytes,
         bytes_per_rank=_bytes_per_rank(groups, tp=tp, pp=pp),
-        bytes_per_sequence=sum(
-            len(indices) * _all_ranks(layer, tokens=seq_tokens, batch=1, tp=tp, dtype=dtype)
-            for layer, indices in stored.items()
-        ),
+        bytes_per_sequence=_one_sequence(stored, seq_tokens),
         bytes_per_token=sum(group.bytes_per_token for group in groups),
         groups=groups,
-        segments=_segments(stored, tp=tp, dtype=dtype),
+        segments=_segments(stored),
         transients=runtime.transients(
-            tuple(layer for layer, indices in stored.items() for _ in indices),
+            tuple(each.layer for each in stored for _ in each.indices),
             tokens=seq_tokens,
             batch=batch,
             dtype=dtype,
         ),
         fields=architecture.fields,
-        notes=_notes(
-            architecture,
-            origin,
-            seq_tokens=seq_tokens,
-            stored_more=total_bytes - unsharded_bytes,
+        notes=(
+            *origin.notes,
+            *architecture.notes,
+            *_notes(architecture, seq_tokens=seq_tokens, pp=pp),
+            *_replication_note(total_bytes - unsharded_bytes),
         ),
     )
+
+
+class _Stored(NamedTuple):
+    """A stored layer, one rank's shard of it, and the places of the decoder layers like it."""
+
+    layer: Layer
+    shard: Layer
+    indices: tuple[int, ...]
+    tp: int
+    dtype: StorageFormat
+
+    def layer_bytes(self, tokens: int, batch: int = 1) -> int:
+        """One of the layers, on all ranks."""
+        return self.tp * self.shard.num_bytes(tokens=tokens, batch=batch, dtype=self.dtype)
+
+    def unsharded_bytes(self, tokens: int, batch: int) -> int:
+        """All of the layers, if one rank kept them."""
+        one = self.layer.num_bytes(tokens=tokens, batch=batch, dtype=self.dtype)
+        return len(self.indices) * one
+
+    def group(self, tokens: int, batch: int) -> LayerGroup:
+        """The layers at one point."""
+        count = len(self.indices)
+        per_layer = self.layer_bytes(tokens, batch)
+        sequences = f"{batch:,} sequences × " if batch > 1 else ""
+        ranks = f"{self.tp} ranks × " if self.tp > 1 else ""
+        return LayerGroup(
+            kind=self.layer.kind,
+            indices=self.indices,
+            keeps=self.layer.keeps(),
+            formula=sequences + ranks + self.shard.formula(tokens=tokens, dtype=self.dtype),
+            bytes_per_layer=per_layer,
+            total_bytes=count * per_layer,
+            bytes_per_token=count * (self.layer_bytes(tokens + 1) - self.layer_bytes(tokens)),
+        )
 
 
 def _dtype(
@@ -233,45 +259,26 @@ def _dtype(
 
 
 def _stored_layers(
-    architecture: Architecture, runtime: Engine, chosen: ChosenStrategy
-) -> dict[Layer, list[int]]:
-    """Each distinct stored layer with the indices of the decoder layers that are like it."""
-    indices: dict[Layer, list[int]] = {}
+    architecture: Architecture,
+    runtime: Engine,
+    chosen: ChosenStrategy,
+    *,
+    tp: int,
+    dtype: StorageFormat,
+) -> tuple[_Stored, ...]:
+    """Each distinct layer as it is stored, in the order of its first place."""
+    places: dict[Layer, list[int]] = {}
     for index, layer in enumerate(architecture.layers):
-        indices.setdefault(layer, []).append(index)
-    stored: dict[Layer, list[int]] = {}
-    for layer, places in indices.items():
-        stored.setdefault(chosen.apply(runtime.lay_out(layer)), []).extend(places)
-    return stored
+        places.setdefault(layer, []).append(index)
+    stored = []
+    for layer, indices in places.items():
+        held = chosen.apply(runtime.lay_out(layer))
+        stored.append(_Stored(held, held.shard(tp), tuple(indices), tp, dtype))
+    return tuple(stored)
 
 
-def _all_ranks(layer: Layer, *, tokens: int, batch: int, tp: int, dtype: StorageFormat) -> int:
-    return tp * layer.shard(tp).num_bytes(tokens=tokens, batch=batch, dtype=dtype)
-
-
-def _group(
-    layer: Layer, indices: list[int], *, tokens: int, batch: int, tp: int, dtype: StorageFormat
-) -> LayerGroup:
-    def one_sequence(length: int) -> int:
-        return _all_ranks(layer, tokens=length, batch=1, tp=tp, dtype=dtype)
-
-    per_layer = _all_ranks(layer, tokens=tokens, batch=batch, tp=tp, dtype=dtype)
-    return LayerGroup(
-        kind=layer.kind,
-        indices=tuple(sorted(indices)),
-        keeps=layer.keeps(),
-        formula=_formula(layer, tokens=tokens, batch=batch, tp=tp, dtype=dtype),
-        bytes_per_layer=per_layer,
-        total_bytes=len(indices) * per_layer,
-        bytes_per_token=len(indices) * (one_sequence(tokens + 1) - one_sequence(tokens)),
-    )
-
-
-def _formula(layer: Layer, *, tokens: int, batch: int, tp: int, dtype: StorageFormat) -> str:
-    """The bytes of one layer as a product, in the order sequences, ranks, one rank's share."""
-    sequences = f"{batch:,} sequences × " if batch > 1 else ""
-    ranks = f"{tp} ranks × " if tp > 1 else ""
-    return sequences + ranks + layer.shard(tp).formula(tokens=tokens, dtype=dtype)
+def _one_sequence(stored: tuple[_Stored, ...], tokens: int) -> int:
+    return sum(len(each.indices) * each.layer_bytes(tokens) for each in stored)
 
 
 def _bytes_per_rank(groups: tuple[LayerGroup, ...], *, tp: int, pp: int) -> int:
@@ -294,46 +301,33 @@ def _bytes_per_rank(groups: tuple[LayerGroup, ...], *, tp: int, pp: int) -> int:
     return max(stages) // tp
 
 
-def _segments(
-    stored: dict[Layer, list[int]], *, tp: int, dtype: StorageFormat
-) -> tuple[Segment, ...]:
+def _segments(stored: tuple[_Stored, ...]) -> tuple[Segment, ...]:
     """The straight stretches of the growth of one sequence, or () when there is a staircase."""
     starts = {0}
-    for layer in stored:
-        breakpoints = layer.breakpoints()
+    for each in stored:
+        breakpoints = each.layer.breakpoints()
         if breakpoints is None:
             return ()
         starts.update(breakpoints)
-
-    def one_sequence(length: int) -> int:
-        return sum(
-            len(indices) * _all_ranks(layer, tokens=length, batch=1, tp=tp, dtype=dtype)
-            for layer, indices in stored.items()
-        )
-
     segments = []
     for start in sorted(starts):
-        here = one_sequence(start)
-        slope = one_sequence(start + 1) - here
+        here = _one_sequence(stored, start)
+        slope = _one_sequence(stored, start + 1) - here
         segments.append(Segment(start, here - slope * start, slope))
     return tuple(segments)
 
 
-def _notes(
-    architecture: Architecture,
-    origin: Origin,
-    *,
-    seq_tokens: int,
-    stored_more: int,
-) -> tuple[str, ...]:
-    notes = [*origin.notes, *architecture.notes]
+def _notes(architecture: Architecture, *, seq_tokens: int, pp: int) -> Iterator[str]:
     if architecture.max_tokens and seq_tokens > architecture.max_tokens:
-        notes.append(
+        yield (
             f"{seq_tokens:,} tokens is beyond the {architecture.max_tokens:,} that the config "
             "names as the model's maximum"
         )
+    if len(architecture.layers) % pp:
+        longer = ceil_div(len(architecture.layers), pp)
+        yield f"pipeline stages of {longer} layers, then of {longer - 1}"
+
+
+def _replication_note(stored_more: int) -> Iterator[str]:
     if stored_more > 0:
-        notes.append(
-            f"tensor parallelism replicates {format_bytes(stored_more)} of what one rank would keep"
-        )
-    return tuple(notes)
+        yield f"tensor parallelism stores {format_bytes(stored_more)} more than one rank would"

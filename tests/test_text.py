@@ -47,7 +47,7 @@ defaults: text_config.layer_types=1 full in 6 layers: class rule (Gemma3TextConf
 transformers 5.23.0)
 defaults: text_config.max_position_embeddings=131072: class default (Gemma3TextConfig, \
 transformers 5.23.0)
-dtype:    bf16: config
+dtype:    bf16: config field torch_dtype
 note: google/gemma-3-27b is published as google/gemma-3-27b-it"""
     )
 

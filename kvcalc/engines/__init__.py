@@ -7,6 +7,7 @@ against. An engine turns each layer into the layer it stores.
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Protocol, cast
 
 from kvcalc.config import FieldUse
@@ -44,11 +45,13 @@ class Engine(Protocol):
         """Byte counts of states that pass, by name; empty when there are none."""
 
 
+@cache
 def engine_names() -> tuple[str, ...]:
     """The engines there are, by the names users type."""
     return tuple(module.name for module in pkgutil.iter_modules(__path__))
 
 
+@cache
 def load_engine(name: str) -> Engine:
     """The engine of that name; InputError if there is none."""
     if name not in engine_names():

@@ -129,16 +129,17 @@ def _model_dtype(config: Mapping[str, Any], fields: ConfigFields) -> FieldUse:
             value = level.get(key)
             if value is None or value == "auto":
                 continue
-            return FieldUse(prefix + key, _format_name(prefix + key, value), "config")
+            return _declared(prefix + key, value)
     return FieldUse("dtype", "bf16", "assumed: the config names no dtype; --kv-dtype sets it")
 
 
-def _format_name(key: str, value: object) -> str:
+def _declared(key: str, value: object) -> FieldUse:
     try:
-        return storage_format(value if isinstance(value, str) else repr(value)).name
+        name = storage_format(value if isinstance(value, str) else shown(value)).name
     except InputError as error:
         msg = f"config field {key}: {error}"
         raise ConfigError(msg) from None
+    return FieldUse(key, name, f"config field {key}")
 
 
 def _declared_cache_dtype(config: Mapping[str, Any], fields: ConfigFields) -> FieldUse | None:
@@ -157,9 +158,9 @@ def _declared_cache_dtype(config: Mapping[str, Any], fields: ConfigFields) -> Fi
                 if kind not in _SCHEMES:
                     msg = f"{key}{name} {shown(dict(value))} is no KV format that kvcalc knows"
                     raise UnsupportedError(msg)
-                return FieldUse(key + name, _SCHEMES[kind], "config")
+                return FieldUse(key + name, _SCHEMES[kind], f"config field {key}{name}")
             if value is not None:
-                return FieldUse(key + name, _format_name(key + name, value), "config")
+                return _declared(key + name, value)
     return None
 
 

@@ -9,6 +9,7 @@ import importlib
 import pkgutil
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, cast
 
@@ -53,6 +54,7 @@ class ChosenStrategy(NamedTuple):
         return self.strategy.apply(layer, self.parameters)
 
 
+@cache
 def strategy_names() -> tuple[str, ...]:
     """The strategies there are, by the names users type."""
     return tuple(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
@@ -69,6 +71,7 @@ def split_specs(values: Iterable[str]) -> list[str]:
     return specs
 
 
+@cache
 def load_strategy(spec: str) -> ChosenStrategy:
     """Read `name` or `name:key=value,…`; InputError for an unknown name, key or value."""
     name, _, rest = spec.strip().partition(":")

@@ -177,7 +177,7 @@ def size_architecture(
         family=architecture.family,
         family_source=architecture.family_source,
         engine=engine,
-        engine_source=runtime.SOURCE,
+        engine_source=runtime.source(),
         strategy=chosen.spec,
         seq_tokens=seq_tokens,
         max_tokens=architecture.max_tokens,

@@ -20,7 +20,9 @@ from kvcalc.layers import Layer
 class Engine(Protocol):
     """What a module of this package offers."""
 
-    SOURCE: str
+    @staticmethod
+    def source() -> str:
+        """What is counted and on whose authority, in one line."""
 
     @staticmethod
     def refuse(architecture: Architecture, *, tp: int, pp: int) -> None:

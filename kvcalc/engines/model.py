@@ -11,7 +11,10 @@ from kvcalc.dtypes import StorageFormat
 from kvcalc.families import Architecture
 from kvcalc.layers import Layer
 
-SOURCE = "what the architecture must keep"
+
+def source() -> str:
+    """The architecture itself."""
+    return "what the architecture must keep"
 
 
 def refuse(architecture: Architecture, *, tp: int, pp: int) -> None:

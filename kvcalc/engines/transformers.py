@@ -7,7 +7,8 @@ unique storages of a cache's tensors after at least one decode step:
 - a window layer shows window - 1 tokens, but they are a view of the window-long tensor of the last
   step, so min(tokens, window) tokens stay alive. Right after a prefill longer than the window the
   view is one of the whole prompt, which stays alive until the first decode step: `after_prefill`;
-- MLA is stored as latent and rotary key since 5.15.0; older versions store K and V of every head.
+- MLA is stored as latent and rotary key since 5.15.0; older versions (5.9.0 was run) store K and V
+  of every head.
 
 Zero-dimensional constants (the window length that `DynamicSlidingWindowLayer` keeps as an 8-byte
 tensor) are settings, not cache, and are not counted.
@@ -23,8 +24,6 @@ from kvcalc.errors import UnsupportedError
 from kvcalc.families import Architecture
 from kvcalc.layers import FullAttention, LatentAttention, Layer, SlidingAttention
 
-SOURCE = "transformers cache_utils.py 5.23.0: unique storages alive after a decode step"
-
 CHECKED_VERSION = "5.23.0"
 LATENT_SINCE = (5, 15)
 _STORED = ("fp32", "bf16", "fp16")
@@ -37,6 +36,14 @@ def version() -> str:
         return metadata.version("transformers")
     except metadata.PackageNotFoundError:
         return CHECKED_VERSION
+
+
+def source() -> str:
+    """The file and version the rules were checked against, and the installed one if it differs."""
+    checked = (
+        f"transformers cache_utils.py {CHECKED_VERSION}: unique storages alive after a decode step"
+    )
+    return checked if version() == CHECKED_VERSION else f"{checked} (installed: {version()})"
 
 
 def refuse(architecture: Architecture, *, tp: int, pp: int) -> None:

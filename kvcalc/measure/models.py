@@ -39,8 +39,6 @@ _TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.fl
 
 _TILE = 2**20
 
-_FIELDS_NEEDED = ("vocab_size", "hidden_size")
-
 
 class LoadedModel(NamedTuple):
     """A model on its device, and the architecture its cache is predicted from."""
@@ -155,8 +153,7 @@ def _first_layers(config: Mapping[str, Any], count: int) -> dict[str, Any]:
 def _random(
     config: Mapping[str, Any], origin: Origin, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    missing = [key for key in _FIELDS_NEEDED if _field(config, key) is None]
-    if missing or origin.completeness == "partial":
+    if origin.completeness == "partial":
         msg = (
             f"{origin.resolved}: its config here is partial and does not say the shape of the "
             "weights; give the whole config.json to build it with random weights"
@@ -189,12 +186,6 @@ def _fill(model: PreTrainedModel) -> None:
         for start in range(0, flat.numel(), _TILE):
             part = flat[start : start + _TILE]
             part.copy_(tile[: part.numel()])
-
-
-def _field(config: Mapping[str, Any], key: str) -> object:
-    defaults = class_defaults(str(config["model_type"]))
-    own_name = defaults.aliases.get(key, key) if defaults else key
-    return config.get(key, config.get(own_name))
 
 
 def _hf_config(config: Mapping[str, Any]) -> PreTrainedConfig:

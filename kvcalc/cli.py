@@ -18,7 +18,7 @@ import typer
 
 from kvcalc import __version__
 from kvcalc.errors import EXIT_BUG, InputError, KvcalcError, OutputError
-from kvcalc.units import check_count, parse_tokens
+from kvcalc.units import check_count, parse_tokens, shown
 
 EXIT_INTERRUPTED = 130
 
@@ -77,9 +77,9 @@ def size(
         raise InputError(msg)
     table = api.size_table(
         models,
-        seqs=[str(parse_tokens(item)) for item in _items(seq)],
-        batches=[_count(item, "--batch") for item in _items(batch)] or [1],
-        kv_dtypes=_items(kv_dtype) or ["auto"],
+        seqs=[str(parse_tokens(item)) for item in _items(seq, "--seq")],
+        batches=[_count(item, "--batch") for item in _items(batch, "--batch")] or [1],
+        kv_dtypes=_items(kv_dtype, "--kv-dtype") or ["auto"],
         revision=revision,
         engine=engine,
         strategy=strategy,
@@ -305,18 +305,24 @@ def _canonical(arguments: list[str]) -> list[str]:
     return [rename(argument) for argument in arguments]
 
 
-def _items(values: list[str] | None) -> list[str]:
-    """Repeated options and comma lists as one list; `131,072` is one number."""
+def _items(values: list[str] | None, name: str) -> list[str]:
+    """Repeated options and comma lists as one list; `131,072` could be either and is refused."""
     items: list[str] = []
     for value in values or []:
-        grouped = re.fullmatch(r"\d{1,3}(,\d{3})+", value)
-        items += [value] if grouped else value.split(",")
+        if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", value):
+            both = f" {name} ".join(value.split(","))
+            msg = (
+                f"{name} {value}: one number or several? Write {name} {value.replace(',', '_')} "
+                f"or {name} {both}"
+            )
+            raise InputError(msg)
+        items += value.split(",")
     return items
 
 
 def _count(text: str, name: str) -> int:
-    digits = text.strip().replace(",", "").replace("_", "")
-    if not re.fullmatch(r"-?\d{1,18}", digits):
-        msg = f"{name} {text[:40]!r} is not a whole number"
+    digits = text.strip().replace("_", "")
+    if not re.fullmatch(r"-?[0-9]{1,18}", digits):
+        msg = f"{name} {shown(text)} is not a whole number"
         raise InputError(msg)
     return check_count(int(digits), name=name, most=2**31 - 1)

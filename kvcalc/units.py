@@ -12,7 +12,7 @@ MAX_TOKENS = 2**40
 """Longest sequence taken: above a trillion tokens an input is a slip, not a plan."""
 
 _TOKEN_SUFFIXES = {"": 1, "k": 1024, "m": 1024**2}
-_TOKENS = re.compile(r"([0-9][0-9_,]*)(?:\.([0-9]+))?\s*([kKmM]?)")
+_TOKENS = re.compile(r"([0-9][0-9_]*)(?:\.([0-9]+))?\s*([kKmM]?)")
 
 
 def ceil_div(numerator: int, denominator: int) -> int:
@@ -21,7 +21,7 @@ def ceil_div(numerator: int, denominator: int) -> int:
 
 
 def parse_tokens(value: str | int, *, name: str = "--seq") -> int:
-    """Read a token count: `131072`, `131,072`, `128k` (131,072), `1M` (1,048,576), `1.5k` (1,536).
+    """Read a token count: `131072`, `131_072`, `128k` (131,072), `1M` (1,048,576), `1.5k` (1,536).
 
     Suffixes are binary in either case. Raises InputError when the text is no positive whole
     number of tokens, or exceeds MAX_TOKENS.
@@ -35,7 +35,7 @@ def parse_tokens(value: str | int, *, name: str = "--seq") -> int:
         raise InputError(msg)
     whole, fraction, suffix = match.groups()
     unit = _TOKEN_SUFFIXES[suffix.lower()]
-    digits = whole.replace("_", "").replace(",", "") + (fraction or "")
+    digits = whole.replace("_", "") + (fraction or "")
     tokens, rest = divmod(int(digits) * unit, 10 ** len(fraction or ""))
     if rest:
         msg = f"{name} {text!r} is not a whole number of tokens"

@@ -489,3 +489,12 @@ def test_any_config_is_sized_or_refused(name, changes, wrapper, inside):
         assert type(report.total_bytes) is int
         assert report.total_bytes > 0
         json.dumps(report.to_dict())
+
+
+@pytest.mark.parametrize("text", ["131,072", "256,512", "1,024,096"])
+def test_a_comma_that_may_group_or_list(complaint, text):
+    """Digits in threes with commas could be one number or several: refused, with both spellings."""
+    status, line = complaint("size", LLAMA, "--seq", text)
+    assert status == BAD
+    assert "--seq " + text.replace(",", "_") in line
+    assert "--seq " + text.replace(",", " --seq ") in line

@@ -1,17 +1,18 @@
 """The library's verbs: what `import kvcalc` offers, and what each command calls."""
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from os import PathLike, fspath
 from typing import Any, NamedTuple
 
 from kvcalc import sources
-from kvcalc.errors import KvcalcError, UnsupportedError
+from kvcalc.errors import InputError, KvcalcError, UnsupportedError
 from kvcalc.families import Architecture, describe
 from kvcalc.origin import Origin
 from kvcalc.sizing import SizeReport, size_architecture
 from kvcalc.sources import catalogue
 from kvcalc.strategies import load_strategy, strategy_names
-from kvcalc.units import parse_tokens
+from kvcalc.units import parse_tokens, shown
 
 TABLE_SCHEMA = "kvcalc.size-table/1"
 
@@ -50,10 +51,11 @@ def size(
 ) -> SizeReport:
     """The exact size of a model's KV cache.
 
-    `model` is a catalogue name, a path (config.json or model folder), a Hugging Face id, or the
-    parsed config itself; `seq` counts the tokens of each of `batch` sequences (`"128k"` is
-    131,072). `engine` says whose layout is counted (`model`: what the architecture must keep),
-    `strategy` how the cache is compressed, `tp` and `pp` over how many ranks it is spread.
+    `model` is a catalogue name, a path (config.json or model folder), a Hugging Face id, the parsed
+    config itself, or a transformers configuration object; `seq` counts the tokens of each of
+    `batch` sequences (`"128k"` is 131,072). `engine` says whose layout is counted (`model`: what
+    the architecture must keep), `strategy` how the cache is compressed, `tp` and `pp` over how many
+    ranks it is spread. `encoder_seq` is for models with an encoder, which are refused so far.
 
     Raises a KvcalcError: InputError and its children for what cannot be read, UnsupportedError
     where no exact size is known.
@@ -82,6 +84,10 @@ def size_point(
     **point: Any,  # noqa: ANN401 - passed on by name
 ) -> SizeReport:
     """Like `size`, for a model that has been read already."""
+    for name in ("kv_dtype", "engine", "strategy"):
+        if not isinstance(point.get(name, ""), str):
+            msg = f"{name} must be a name, not {shown(point[name])}"
+            raise InputError(msg)
     if encoder_seq is not None:
         msg = f"{origin.requested} is a decoder without cross attention; leave encoder_seq out"
         raise UnsupportedError(msg)
@@ -94,6 +100,11 @@ def read_model(
     """Find a model's config and read it into an Architecture."""
     if isinstance(model, PathLike):
         model = fspath(model)
+    if hasattr(model, "to_dict"):  # a transformers configuration
+        model = model.to_dict()
+    if not isinstance(model, str | Mapping):
+        msg = f"model must be a name, a path or a config, not {shown(model)}"
+        raise InputError(msg)
     config, origin = sources.resolve(model, revision=revision)
     return describe(config), origin
 
@@ -107,7 +118,7 @@ def size_table(
     revision: str | None = None,
     **point: Any,  # noqa: ANN401 - passed on by name
 ) -> SizeTable:
-    """Every combination, model by model; a model that fails leaves its error in its place.
+    """Every combination, model by model; what cannot be sized leaves its error, the rest goes on.
 
     Without `seqs` each model is sized at a few lengths up to its own maximum.
     """
@@ -116,15 +127,20 @@ def size_table(
     for model in models:
         try:
             architecture, origin = read_model(model, revision=revision)
-            for seq in seqs or default_lengths(architecture.max_tokens):
-                for batch in batches:
-                    for kv_dtype in kv_dtypes:
-                        report = size_point(
-                            architecture, origin, seq=seq, batch=batch, kv_dtype=kv_dtype, **point
-                        )
-                        reports.append(report)
         except KvcalcError as error:
             errors.append((model, error))
+            continue
+        lengths: Sequence[int | str] = seqs or default_lengths(architecture.max_tokens)
+        for seq, batch, kv_dtype in product(lengths, batches, kv_dtypes):
+            try:
+                reports.append(
+                    size_point(
+                        architecture, origin, seq=seq, batch=batch, kv_dtype=kv_dtype, **point
+                    )
+                )
+            except KvcalcError as error:
+                errors.append((model, error))
+    errors = list({(model, str(error)): (model, error) for model, error in errors}.values())
     return SizeTable(tuple(reports), tuple(errors))
 
 
@@ -135,12 +151,14 @@ def default_lengths(max_tokens: int) -> tuple[int, ...]:
     return (*(length for length in _LENGTHS if length < max_tokens), max_tokens)
 
 
-def list_models(pattern: str = "") -> list[dict[str, Any]]:
-    """Catalogue entries whose name, other name, model type or family contains `pattern`."""
+def list_models(words: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Catalogue entries in whose name, other names, model type or family each word occurs;
+    `refused` stands for the entries that no family claims.
+    """
     other_names: dict[str, list[str]] = {}
     for alias, name in catalogue.aliases().items():
         other_names.setdefault(name, []).append(alias)
-    wanted = pattern.lower()
+    wanted = [word.lower() for word in words]
     rows = []
     for entry in catalogue.entries():
         row = {
@@ -152,23 +170,33 @@ def list_models(pattern: str = "") -> list[dict[str, Any]]:
             "source": entry.source,
             "date": entry.date,
         }
-        searched = (row["name"], row["model_type"], row["family"], *row["also"])
-        if any(wanted in str(text).lower() for text in searched):
+        also = (row["family"] or "refused", row["model_type"], *row["also"])
+        searched = " ".join((row["name"], *also)).lower()
+        if all(word in searched for word in wanted):
             rows.append(row)
     return rows
 
 
 def _sized(config: Mapping[str, Any]) -> dict[str, Any]:
     """Family and cost of a catalogue entry once its windows are full, or why it is refused."""
-    facts = {"family": "", "layers": 0, "max_tokens": 0, "bytes_per_token": 0, "fixed_bytes": 0}
+    facts = {
+        "family": "",
+        "kv_dtype": "",
+        "layers": 0,
+        "max_tokens": 0,
+        "bytes_per_token": 0,
+        "fixed_bytes": 0,
+    }
     try:
         architecture = describe(config)
         origin = Origin(requested="", resolved="", kind="catalogue", detail="")
-        last = size_architecture(architecture, origin=origin, seq_tokens=1).segments[-1]
+        report = size_architecture(architecture, origin=origin, seq_tokens=1)
     except KvcalcError as error:
         return facts | {"refused": str(error)}
+    last = report.segments[-1]
     return {
         "family": architecture.family,
+        "kv_dtype": report.kv_dtype,
         "layers": len(architecture.layers),
         "max_tokens": architecture.max_tokens,
         "bytes_per_token": last.bytes_per_token,

@@ -51,11 +51,13 @@ def size(
         typer.Argument(metavar="MODEL...", help="Catalogue name, config.json, folder or HF id."),
     ],
     seq: Annotated[
-        list[str] | None, typer.Option(help="Tokens of a sequence: 128k, 1M, 8192; several.")
+        list[str] | None, typer.Option(help="Tokens of a sequence: 128k, 1M; repeat for several.")
     ] = None,
-    batch: Annotated[list[str] | None, typer.Option(help="Sequences at once; several.")] = None,
+    batch: Annotated[
+        list[str] | None, typer.Option(help="Sequences at once; repeat for several.")
+    ] = None,
     kv_dtype: Annotated[
-        list[str] | None, typer.Option(help="auto, bf16, fp8, q8_0, int4, …; several.")
+        list[str] | None, typer.Option(help="auto, bf16, fp8, q8_0, …; repeat for several.")
     ] = None,
     engine: Annotated[str, typer.Option(help="Whose layout: model, transformers.")] = "model",
     strategy: Annotated[str, typer.Option(help="Cache strategy, see kvcalc strategies.")] = (
@@ -86,7 +88,7 @@ def size(
         tp=tp,
         pp=pp,
     )
-    if len(models) == 1 and table.errors:
+    if len(models) == 1 and table.errors and not table.reports:
         raise table.errors[0][1]
     if json or csv or markdown:
         from kvcalc.render import data
@@ -107,15 +109,16 @@ def size(
 
 
 def models(
-    pattern: Annotated[
-        str, typer.Argument(metavar="[FILTER]", help="Part of a name, type or family.")
-    ] = "",
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILTER...]", help="Parts of a name, type or family; refused."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """List and search the bundled catalogue."""
     from kvcalc import api
 
-    rows = api.list_models(pattern)
+    rows = api.list_models(words or ())
     if json:
         from kvcalc.render import data
 
@@ -123,7 +126,7 @@ def models(
         return
     from kvcalc.render import text
 
-    text.print_models(rows, pattern=pattern)
+    text.print_models(rows, pattern=" ".join(words or ()))
 
 
 def strategies(
@@ -149,7 +152,7 @@ def profile(
         str | None, typer.Argument(metavar="[MODEL]", help="Like size; none: built in.")
     ] = None,
     strategy: Annotated[
-        list[str] | None, typer.Option(help="Strategies, e.g. dynamic,int4:group=64; several.")
+        list[str] | None, typer.Option(help="Strategies: dynamic,int4:group=64.")
     ] = None,
     seq: Annotated[str, typer.Option(help="Tokens of the prompt.")] = "2k",
     decode: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
@@ -179,9 +182,11 @@ def profile(
         ("--decode", decode, 2**20),
         ("--batch", batch, 2**20),
         ("--repeats", repeats, 1000),
-        ("--warmup", warmup, 1000),
     ):
         check_count(value, name=name, most=most)
+    if not 0 <= warmup <= 1000:
+        msg = f"--warmup must be from 0 to 1,000, not {warmup}"
+        raise InputError(msg)
     measure.require_torch()
     from kvcalc.measure import profile as profiling
 
@@ -224,7 +229,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
 def application(names: Iterable[str] = COMMANDS) -> typer.Typer:
     """The Typer application with these commands."""
     app = typer.Typer(
-        help="How big is the KV cache, does it fit, and what does a cache strategy really cost?",
+        help="How big is the KV cache, exactly, and what does a cache strategy really cost?",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
@@ -264,7 +269,8 @@ def run(arguments: list[str]) -> int:
     try:
         app = application(called or COMMANDS)
         status = app(_canonical(arguments), prog_name="kvcalc", standalone_mode=False)
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except KvcalcError as error:
         _complain(str(error))
         return error.exit_code
@@ -285,7 +291,8 @@ def run(arguments: list[str]) -> int:
         if os.environ.get("KVCALC_DEBUG"):
             raise
         _complain(
-            f"bug: {type(error).__name__}: {error}. Please report it; KVCALC_DEBUG=1 shows where"
+            f"bug: {type(error).__name__}: {str(error)[:200]}. Please report it; KVCALC_DEBUG=1 "
+            "shows where"
         )
         return EXIT_BUG
     if status == EXIT_INTERRUPTED:  # Typer makes an exit of Ctrl-C, too
@@ -310,10 +317,10 @@ def _items(values: list[str] | None, name: str) -> list[str]:
     items: list[str] = []
     for value in values or []:
         if re.fullmatch(r"[0-9]{1,3}(,[0-9]{3})+", value):
-            both = f" {name} ".join(value.split(","))
+            parts = [part.lstrip("0") or "0" for part in value.split(",")]
             msg = (
                 f"{name} {value}: one number or several? Write {name} {value.replace(',', '_')} "
-                f"or {name} {both}"
+                f"or {name} {f' {name} '.join(parts)}"
             )
             raise InputError(msg)
         items += value.split(",")

@@ -89,22 +89,29 @@ class ConfigFields:
 
     def get(self, key: str) -> Any:  # noqa: ANN401 - the JSON border
         """Value of `key`, from the file or else the class defaults; None when neither has it."""
-        own_name = self._own_names.get(key, key)
-        present = [name for name in dict.fromkeys((key, own_name)) if name in self.data]
+        names = self._names(key)
+        present = [name for name in names if name in self.data]
         if present:
             value = self.data[present[0]]
-            if len(present) > 1 and self.data[own_name] != value:
-                msg = (
-                    f"config has {self.prefix}{key} = {shown(value)} and {self.prefix}{own_name} "
-                    f"= {shown(self.data[own_name])}, two names of one field"
-                )
-                raise ConfigError(msg)
+            for name in present[1:]:
+                if self.data[name] != value:
+                    msg = (
+                        f"config has {self.prefix}{present[0]} = {shown(value)} and "
+                        f"{self.prefix}{name} = {shown(self.data[name])}, two names of one field"
+                    )
+                    raise ConfigError(msg)
             return self._record(present[0], value, "config")
-        for name in (key, own_name):
+        for name in names:
             if self.defaults.values.get(name) is not None:
                 origin = f"class default ({self.defaults.label})"
                 return self._record(name, self.defaults.values[name], origin)
         return None
+
+    def _names(self, key: str) -> list[str]:
+        """The names of one field: `key` first, then what the class calls it or takes for it."""
+        own = self._own_names
+        others = [standard for standard, name in own.items() if name == key]
+        return list(dict.fromkeys([key, own.get(key, key), *others]))
 
     def by_rule(self, key: str, value: object) -> None:
         """Record that the configuration class fills in `key` by a rule in its code."""
@@ -114,8 +121,7 @@ class ConfigFields:
 
     def given(self, key: str) -> Any:  # noqa: ANN401 - the JSON border
         """Value of `key` in the file itself, unrecorded; None when it is absent."""
-        own_name = self._own_names.get(key, key)
-        return self.data.get(key, self.data.get(own_name))
+        return next((self.data[name] for name in self._names(key) if name in self.data), None)
 
     def count(self, key: str, *, most: int = MAX_FIELD) -> int:
         """A required whole number in 1..most; ConfigError otherwise."""

@@ -52,6 +52,12 @@ FORMATS = {
     )
 }
 
+PAYLOAD_ONLY = ("fp8", "int8", "int4", "int2")
+"""Formats without block scales of their own; an engine may keep scales elsewhere."""
+
+COMPUTE_DTYPES = ("fp32", "bf16", "fp16")
+"""What models compute in, and so what a cache holds that nobody quantised."""
+
 ALIASES = {
     "float32": "fp32",
     "float": "fp32",
@@ -60,6 +66,7 @@ ALIASES = {
     "float16": "fp16",
     "half": "fp16",
     "f16": "fp16",
+    "float8": "fp8",
     "fp8_e4m3": "fp8",
     "fp8_e5m2": "fp8",
     "float8_e4m3fn": "fp8",

@@ -5,12 +5,13 @@ Everything is integer addition over the layers; no I/O. The result keeps what it
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from kvcalc.config import FieldUse
-from kvcalc.dtypes import StorageFormat, storage_format
+from kvcalc.dtypes import PAYLOAD_ONLY, StorageFormat, storage_format
 from kvcalc.engines import Engine, load_engine
-from kvcalc.errors import UnsupportedError
+from kvcalc.errors import ConfigError, UnsupportedError
 from kvcalc.families import Architecture
 from kvcalc.layers import Layer
 from kvcalc.origin import Origin
@@ -192,17 +193,19 @@ def size_architecture(
         bytes_per_token=sum(group.bytes_per_token for group in groups),
         groups=groups,
         segments=_segments(stored),
-        transients=runtime.transients(
-            tuple(each.layer for each in stored for _ in each.indices),
-            tokens=seq_tokens,
-            batch=batch,
-            dtype=dtype,
+        transients=MappingProxyType(
+            runtime.transients(
+                tuple(each.layer for each in stored for _ in each.indices),
+                tokens=seq_tokens,
+                batch=batch,
+                dtype=dtype,
+            )
         ),
         fields=architecture.fields,
         notes=(
             *origin.notes,
             *architecture.notes,
-            *_notes(architecture, seq_tokens=seq_tokens, pp=pp),
+            *_notes(architecture, seq_tokens=seq_tokens, pp=pp, dtype=dtype),
             *_replication_note(total_bytes - unsharded_bytes),
         ),
     )
@@ -253,9 +256,10 @@ def _dtype(
     """
     if requested.strip().lower() != "auto":
         return FieldUse("kv_dtype", storage_format(requested).name, "asked for")
-    if chosen.name != BASELINE:
-        return architecture.model_dtype
-    return runtime.auto_dtype(architecture)
+    use = runtime.auto_dtype(architecture) if chosen.name == BASELINE else architecture.model_dtype
+    if isinstance(use, ConfigError):
+        raise use
+    return use
 
 
 def _stored_layers(
@@ -317,11 +321,15 @@ def _segments(stored: tuple[_Stored, ...]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _notes(architecture: Architecture, *, seq_tokens: int, pp: int) -> Iterator[str]:
+def _notes(
+    architecture: Architecture, *, seq_tokens: int, pp: int, dtype: StorageFormat
+) -> Iterator[str]:
+    if dtype.name in PAYLOAD_ONLY:
+        yield f"{dtype.name} counts the payload alone, without scales"
     if architecture.max_tokens and seq_tokens > architecture.max_tokens:
         yield (
-            f"{seq_tokens:,} tokens is beyond the {architecture.max_tokens:,} that the config "
-            "names as the model's maximum"
+            f"{seq_tokens:,} tokens is beyond the model's own maximum of "
+            f"{architecture.max_tokens:,}"
         )
     if len(architecture.layers) % pp:
         longer = ceil_div(len(architecture.layers), pp)

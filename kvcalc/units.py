@@ -7,6 +7,7 @@ from kvcalc.errors import InputError
 KIB = 1024
 MIB = KIB**2
 GIB = KIB**3
+TIB = KIB**4
 
 MAX_TOKENS = 2**40
 """Longest sequence taken: above a trillion tokens an input is a slip, not a plan."""
@@ -71,8 +72,8 @@ def shown(value: object, *, most: int = 60) -> str:
 def format_bytes(num_bytes: int) -> str:
     """Print a byte count in binary units: `16.000 GiB`, `128.00 KiB`, `512 B`."""
     size = abs(num_bytes)
-    for unit, name in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
+    for unit, name in ((TIB, "TiB"), (GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):
         if size >= unit:
-            digits = 3 if unit == GIB else 2
+            digits = 3 if unit >= GIB else 2
             return f"{num_bytes / unit:.{digits}f} {name}"
     return f"{num_bytes} B"

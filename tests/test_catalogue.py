@@ -9,7 +9,7 @@ from transformers.cache_utils import get_layer_types_and_kwargs
 import kvcalc
 from kvcalc.config import class_defaults
 from kvcalc.data import profiles_folder
-from kvcalc.families import describe, families
+from kvcalc.families import decoder_level, describe
 from kvcalc.layers import LatentAttention, SlidingAttention
 from kvcalc.sources import catalogue
 
@@ -17,14 +17,14 @@ ENTRIES = {entry.name: entry for entry in catalogue.entries()}
 
 
 def decoder_type(config):
-    """Model type of the level that describes the decoder."""
-    text = config.get("text_config")
-    if config["model_type"] in families() or not isinstance(text, dict):
-        return config["model_type"]
-    return text.get("model_type") or class_defaults(config["model_type"]).text
+    """Model type of the level that describes the decoder; "" when no family claims it."""
+    try:
+        return decoder_level(config).model_type
+    except kvcalc.UnsupportedError:
+        return ""
 
 
-SIZED = sorted(name for name, entry in ENTRIES.items() if decoder_type(entry.config) in families())
+SIZED = sorted(name for name, entry in ENTRIES.items() if decoder_type(entry.config))
 
 
 def test_the_catalogue_is_whole():
@@ -45,7 +45,7 @@ def test_every_entry_of_the_families_is_sized(name):
 
 
 def test_partial_entries_state_their_own_geometry():
-    """No size rests on a class default where the source gives only some fields of the config."""
+    """Depth and width rest on no class default where the source gives only some fields."""
     geometry = ("num_hidden_layers", "num_attention_heads", "hidden_size", "kv_lora_rank")
     for name in SIZED:
         if ENTRIES[name].completeness == "partial":

@@ -8,7 +8,7 @@ from transformers import DynamicCache
 import kvcalc
 from kvcalc.config import class_defaults
 from kvcalc.engines import transformers as engine
-from kvcalc.families import families
+from kvcalc.families import families, mha
 from kvcalc.measure.held import held_by_layer
 
 RUNNABLE = sorted(name for name in families() if class_defaults(name))
@@ -74,6 +74,30 @@ def test_variations_hold_what_is_predicted(model_type, overrides):
         config, seq=prompt + decode, batch=2, kv_dtype="fp32", engine="transformers"
     )
     assert [layer.bytes for layer in report.layers] == held
+
+
+@pytest.mark.parametrize("model_type", sorted(mha.MODEL_TYPES))
+@pytest.mark.parametrize("fields", [{"num_key_value_heads": 1}, {"head_dim": 16}], ids=repr)
+def test_fields_that_old_types_ignore_are_refused(model_type, fields):
+    """Grouped heads or a head width in a type that knows neither would be read two ways."""
+    with pytest.raises(kvcalc.UnsupportedError, match="head_dim"):
+        kvcalc.size(tiny_config(model_type) | fields, seq=10)
+
+
+def test_the_dtype_of_the_whole_comes_first():
+    """A wrapper's dtype is the one its text part is loaded in, whatever the text part says."""
+    config = {
+        "model_type": "gemma3",
+        "dtype": "bfloat16",
+        "text_config": tiny_config("gemma3_text", dtype="float32"),
+    }
+    assert kvcalc.size(config, seq=10).kv_dtype == "bf16"
+
+
+def test_unknown_wrappers_are_refused():
+    """A text_config alone says nothing of what its wrapper caches besides it."""
+    with pytest.raises(kvcalc.UnsupportedError, match="kimi_vl"):
+        kvcalc.size({"model_type": "kimi_vl", "text_config": tiny_config("deepseek_v3")}, seq=10)
 
 
 @pytest.mark.parametrize("model_type", ["mistral", "gemma3_text", "gpt_oss"])

@@ -2,14 +2,18 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
-from tiny import build, tiny_config
+from tiny import build as build_tiny
+from tiny import tiny_config
 
 from kvcalc import cli
+from kvcalc.errors import OutputError
 from kvcalc.measure import models, run
 from kvcalc.measure.peak import peak_memory
+from kvcalc.measure.record import RowFile
 from kvcalc.strategies import load_strategy, strategy_names
 from kvcalc.strategies.static import cache as static_cache
 
@@ -43,7 +47,7 @@ def test_predicted_is_held_for_each_strategy(capsys):
             assert len(timing["runs"]) == 2
         assert row["peak_bytes"] > row["held_bytes"]
     assert rows[0]["ratio_to_dynamic"] == {"held": 1, "peak": 1, "ttft": 1, "tpot": 1}
-    assert rows[2]["ratio_to_dynamic"]["held"] == rows[2]["predicted_ratio_to_dynamic"] < 1
+    assert rows[2]["ratio_to_dynamic"]["held"] == rows[2]["held_bytes"] / rows[0]["held_bytes"] < 1
 
 
 def test_conditions_are_recorded(capsys):
@@ -82,7 +86,7 @@ def test_a_slice_of_the_layers(capsys):
 
 def test_a_checkpoint_is_loaded_from_a_folder(capsys, tmp_path):
     """A folder that save_pretrained wrote is loaded with its weights and measured."""
-    build(tiny_config("qwen3")).save_pretrained(tmp_path)
+    build_tiny(tiny_config("qwen3")).save_pretrained(tmp_path)
     status, (row,) = rows_of(capsys, str(tmp_path), "--strategy", "dynamic")
     assert (status, row["conditions"]["weights"]) == (0, "checkpoint")
     assert row["predicted_bytes"] == row["held_bytes"]
@@ -133,16 +137,16 @@ def test_one_strategy_going_wrong_keeps_the_others(
     monkeypatch.setattr(static_cache, "build", fail)
     status, rows = rows_of(capsys, "--strategy", "static,dynamic")
     assert status == exit_status
-    assert [row["status"] for row in rows] == [expected_status, "ok"]
-    assert rows[0]["reason"]
+    assert [row["status"] for row in rows] == ["ok", expected_status]
+    assert rows[1]["reason"]
 
 
 def test_a_strategy_that_does_not_apply_is_refused(capsys):
     """int4 with a group that no row divides into is refused with the reason; others run."""
     status, rows = rows_of(capsys, "--strategy", "int4:group=48,dynamic")
-    assert status == 0
-    assert [row["status"] for row in rows] == ["refused", "ok"]
-    assert "group" in rows[0]["reason"]
+    assert status == 3
+    assert [row["status"] for row in rows] == ["ok", "refused"]
+    assert "group" in rows[1]["reason"]
     status, rows = rows_of(capsys, "--strategy", "int4:group=48")
     assert status == 3
 
@@ -192,6 +196,64 @@ def test_bad_input_is_one_line(capsys, arguments, status, words):
     assert words in printed.err
 
 
+def test_a_mismatch_stays_one_when_timing_fails_after_it(capsys, monkeypatch):
+    """A broken prediction is reported even when the strategy fails later on."""
+    build = static_cache.build
+    calls = []
+
+    def too_long_then_fail(config, *, capacity_tokens, parameters):
+        calls.append(capacity_tokens)
+        if len(calls) > 1:
+            msg = "later"
+            raise ValueError(msg)
+        return build(config, capacity_tokens=capacity_tokens + 1, parameters=parameters)
+
+    monkeypatch.setattr(static_cache, "build", too_long_then_fail)
+    status, (row,) = rows_of(capsys, "--strategy", "static")
+    assert (status, row["status"]) == (1, "mismatch")
+    assert "later" in row["reason"]
+
+
+def test_a_checkpoint_with_weights_missing_is_refused(capsys, tmp_path):
+    """A folder whose weights are not all there is not measured as if they were."""
+    from safetensors.torch import load_file, save_file
+
+    build_tiny(tiny_config("llama")).save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    weights = load_file(path)
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, path, metadata={"format": "pt"})
+    assert cli.run(["profile", str(tmp_path)]) == 2
+    assert "weights are missing" in capsys.readouterr().err
+    path.write_bytes(b"not safetensors")
+    assert cli.run(["profile", str(tmp_path)]) == 2
+    assert "--weights random" in capsys.readouterr().err
+
+
+def test_a_row_that_cannot_be_written_is_still_shown(capsys, monkeypatch, tmp_path):
+    """A full disk costs no measured row: it is printed, and the status says what happened."""
+
+    def full(self, text):
+        if text:
+            msg = "cannot write: disk full"
+            raise OutputError(msg)
+
+    monkeypatch.setattr(RowFile, "_write", full)
+    monkeypatch.setattr(Path, "unlink", lambda self: None)
+    out = tmp_path / "rows.jsonl"
+    assert cli.run([*SMALL, "--json", "--strategy", "dynamic,static", "--out", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert [row["strategy"] for row in json.loads(printed.out)["rows"]] == ["dynamic"]
+    assert "disk full" in printed.err
+
+
+def test_no_file_is_left_where_nothing_was_measured(tmp_path):
+    """A profile that fails before its first row leaves no empty file behind."""
+    out = tmp_path / "rows.jsonl"
+    assert cli.run(["profile", str(tmp_path / "none.json"), "--out", str(out)]) == 2
+    assert not out.exists()
+
+
 def test_missing_packages_name_the_command_that_installs_them(capsys, monkeypatch):
     """Without torch, profile says which command installs it."""
     import importlib.util
@@ -203,7 +265,7 @@ def test_missing_packages_name_the_command_that_installs_them(capsys, monkeypatc
 
 def test_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch, capsys):
     """A model larger than the free memory is refused with its size and the way out."""
-    monkeypatch.setattr(os, "sysconf", lambda name: 1024)
+    monkeypatch.setattr(models, "available_memory", lambda: 2**20)
     arguments = ["llama-3-8b", "--weights", "random"]
     assert cli.run([*SMALL, *arguments]) == 2
     assert "--layers N" in capsys.readouterr().err

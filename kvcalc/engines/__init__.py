@@ -12,7 +12,7 @@ from typing import Protocol, cast
 
 from kvcalc.config import FieldUse
 from kvcalc.dtypes import StorageFormat
-from kvcalc.errors import InputError
+from kvcalc.errors import ConfigError, InputError
 from kvcalc.families import Architecture
 from kvcalc.layers import Layer
 
@@ -29,8 +29,8 @@ class Engine(Protocol):
         """Raise UnsupportedError when this engine's size is not exactly known."""
 
     @staticmethod
-    def auto_dtype(architecture: Architecture) -> FieldUse:
-        """The format this engine stores in when the user names none."""
+    def auto_dtype(architecture: Architecture) -> FieldUse | ConfigError:
+        """The format this engine stores in when the user names none, or why there is none."""
 
     @staticmethod
     def check_dtype(dtype: StorageFormat) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from kvcalc.config import FieldUse
 from kvcalc.dtypes import StorageFormat
+from kvcalc.errors import ConfigError
 from kvcalc.families import Architecture
 from kvcalc.layers import Layer
 
@@ -21,7 +22,7 @@ def refuse(architecture: Architecture, *, tp: int, pp: int) -> None:
     """Never: whatever has layers has a size."""
 
 
-def auto_dtype(architecture: Architecture) -> FieldUse:
+def auto_dtype(architecture: Architecture) -> FieldUse | ConfigError:
     """The KV quantisation that the checkpoint declares, else the model's dtype."""
     return architecture.cache_dtype
 

@@ -19,14 +19,13 @@ from functools import cache
 from importlib import metadata
 
 from kvcalc.config import FieldUse, class_defaults
-from kvcalc.dtypes import StorageFormat
-from kvcalc.errors import UnsupportedError
+from kvcalc.dtypes import COMPUTE_DTYPES, StorageFormat
+from kvcalc.errors import ConfigError, UnsupportedError
 from kvcalc.families import Architecture
 from kvcalc.layers import FullAttention, LatentAttention, Layer, SlidingAttention
 
 CHECKED_VERSION = "5.23.0"
 LATENT_SINCE = (5, 15)
-_STORED = ("fp32", "bf16", "fp16")
 
 
 @cache
@@ -67,16 +66,16 @@ def refuse(architecture: Architecture, *, tp: int, pp: int) -> None:
         raise UnsupportedError(msg)
 
 
-def auto_dtype(architecture: Architecture) -> FieldUse:
+def auto_dtype(architecture: Architecture) -> FieldUse | ConfigError:
     """The model's dtype: transformers ignores a declared KV quantisation."""
     return architecture.model_dtype
 
 
 def check_dtype(dtype: StorageFormat) -> None:
     """DynamicCache stores what the model computes."""
-    if dtype.name not in _STORED:
+    if dtype.name not in COMPUTE_DTYPES:
         msg = (
-            f"transformers' DynamicCache stores {', '.join(_STORED)}, not {dtype.name}; "
+            f"transformers' DynamicCache stores {', '.join(COMPUTE_DTYPES)}, not {dtype.name}; "
             "quantised caches are strategies (kvcalc strategies)"
         )
         raise UnsupportedError(msg)

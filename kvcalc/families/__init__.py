@@ -6,12 +6,12 @@ claims, `layers(config)` builds the layers. A family is found by the file being 
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, NamedTuple, Protocol, cast
 
 from kvcalc.config import ConfigFields, FieldUse, class_defaults
-from kvcalc.dtypes import storage_format
+from kvcalc.dtypes import COMPUTE_DTYPES, FORMATS, storage_format
 from kvcalc.errors import ConfigError, InputError, UnsupportedError
 from kvcalc.families._complications import refuse_unclaimed
 from kvcalc.layers import Layer
@@ -35,16 +35,16 @@ class Architecture(NamedTuple):
 
     `model_dtype` is what the config names for the weights, `cache_dtype` what it names for the
     cache (a declared KV quantisation, else the model dtype), each as a FieldUse whose value is a
-    format of `kvcalc.dtypes`. `max_tokens` is the model's own maximum, 0 when the config names
-    none.
+    format of `kvcalc.dtypes`, or the error to raise if it is needed. `max_tokens` is the model's
+    own maximum, 0 when the config names none.
     """
 
     model_type: str
     family: str
     family_source: str
     layers: tuple[Layer, ...]
-    model_dtype: FieldUse
-    cache_dtype: FieldUse
+    model_dtype: FieldUse | ConfigError
+    cache_dtype: FieldUse | ConfigError
     max_tokens: int
     fields: tuple[FieldUse, ...]
     notes: tuple[str, ...]
@@ -73,8 +73,9 @@ def describe(config: Mapping[str, Any]) -> Architecture:
     Raises ConfigError when a field is malformed and UnsupportedError when no family claims the
     model type, or a field is present that its family does not understand.
     """
-    fields = _decoder_fields(config)
-    name, family = families()[fields.model_type]
+    level = decoder_level(config)
+    fields = ConfigFields(level.config, model_type=level.model_type, prefix=level.prefix)
+    name, family = families()[level.model_type]
     refuse_unclaimed(fields, config, understood=family.UNDERSTANDS)
     layers = family.layers(fields)
     max_tokens = fields.optional_count("max_position_embeddings") or 0
@@ -92,30 +93,41 @@ def describe(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-def _decoder_fields(config: Mapping[str, Any]) -> ConfigFields:
-    """The level of the config that describes the text decoder."""
+class DecoderLevel(NamedTuple):
+    """The part of a config that describes the text decoder, and its path in the file."""
+
+    config: Mapping[str, Any]
+    model_type: str
+    prefix: str
+
+
+WRAPPERS = frozenset({"gemma3", "kimi_k25", "llava", "mistral3"})
+"""Multimodal types whose cache is that of their text decoder alone."""
+
+
+def decoder_level(config: Mapping[str, Any]) -> DecoderLevel:
+    """The decoder's own fields: the config itself, or a wrapper's `text_config`."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         found = "no model_type" if model_type is None else f"model_type {shown(model_type)}"
         msg = f"config has {found}; kvcalc reads the config.json of Hugging Face transformers"
         raise ConfigError(msg)
     if model_type in families():
-        return ConfigFields(config, model_type=model_type)
+        return DecoderLevel(config, model_type, "")
     text = config.get("text_config")
-    if text is None:
-        raise UnsupportedError(_unknown_type(model_type, config))
-    if not isinstance(text, Mapping):
-        msg = f"config field text_config is {shown(text)}, not an object"
-        raise ConfigError(msg)
-    wrapper = class_defaults(model_type)
-    inner_type = text.get("model_type") or (wrapper.text if wrapper else "")
-    if isinstance(inner_type, str) and inner_type in families():
-        return ConfigFields(text, model_type=inner_type, prefix="text_config.")
+    if model_type in WRAPPERS and text is not None:
+        if not isinstance(text, Mapping):
+            msg = f"config field text_config is {shown(text)}, not an object"
+            raise ConfigError(msg)
+        wrapper = class_defaults(model_type)
+        inner_type = text.get("model_type") or (wrapper.text if wrapper else "")
+        if isinstance(inner_type, str) and inner_type in families():
+            return DecoderLevel(text, inner_type, "text_config.")
     raise UnsupportedError(_unknown_type(model_type, config))
 
 
 def _unknown_type(model_type: str, config: Mapping[str, Any]) -> str:
-    reason = f"model_type {shown(model_type)} is of no family that kvcalc sizes exactly"
+    reason = f"model_type {shown(model_type)} is of no family that kvcalc knows yet"
     remote = config.get("auto_map")
     if isinstance(remote, Mapping) and remote:
         code = shown(remote.get("AutoConfig") or next(iter(remote.values())))
@@ -123,26 +135,19 @@ def _unknown_type(model_type: str, config: Mapping[str, Any]) -> str:
     return reason + "; deciding field: model_type"
 
 
-def _model_dtype(config: Mapping[str, Any], fields: ConfigFields) -> FieldUse:
-    for level, prefix in ((fields.data, fields.prefix), (config, "")):
+def _model_dtype(config: Mapping[str, Any], fields: ConfigFields) -> FieldUse | ConfigError:
+    """The dtype the weights are loaded in: the whole config's before the text part's."""
+    for level, prefix in ((config, ""), (fields.data, fields.prefix)):
         for key in ("dtype", "torch_dtype"):
             value = level.get(key)
-            if value is None or value == "auto":
-                continue
-            return _declared(prefix + key, value)
+            if value is not None and value != "auto":
+                return _declared(prefix + key, value, choices=COMPUTE_DTYPES)
     return FieldUse("dtype", "bf16", "assumed: the config names no dtype; --kv-dtype sets it")
 
 
-def _declared(key: str, value: object) -> FieldUse:
-    try:
-        name = storage_format(value if isinstance(value, str) else shown(value)).name
-    except InputError as error:
-        msg = f"config field {key}: {error}"
-        raise ConfigError(msg) from None
-    return FieldUse(key, name, f"config field {key}")
-
-
-def _declared_cache_dtype(config: Mapping[str, Any], fields: ConfigFields) -> FieldUse | None:
+def _declared_cache_dtype(
+    config: Mapping[str, Any], fields: ConfigFields
+) -> FieldUse | ConfigError | None:
     """The KV quantisation that the checkpoint itself declares, if any.
 
     compressed-tensors writes `kv_cache_scheme: {num_bits, type}`, ModelOpt
@@ -150,21 +155,24 @@ def _declared_cache_dtype(config: Mapping[str, Any], fields: ConfigFields) -> Fi
     """
     for level, prefix in ((config, ""), (fields.data, fields.prefix)):
         quantization = _object(level, "quantization_config", prefix)
-        key = f"{prefix}quantization_config."
-        for name in ("kv_cache_scheme", "kv_cache_quant_algo"):
-            value = quantization.get(name)
+        for key in ("kv_cache_scheme", "kv_cache_quant_algo"):
+            value = quantization.get(key)
             if isinstance(value, Mapping):
-                kind = f"{value.get('num_bits')}-bit {value.get('type')}"
-                if kind not in _SCHEMES:
-                    msg = f"{key}{name} {shown(dict(value))} is no KV format that kvcalc knows"
-                    raise UnsupportedError(msg)
-                return FieldUse(key + name, _SCHEMES[kind], f"config field {key}{name}")
-            if value is not None:
-                return _declared(key + name, value)
+                value = f"{value.get('type')}{value.get('num_bits')}"
+            if value is not None and value not in ("", "none", "None"):
+                return _declared(f"{prefix}quantization_config.{key}", value, choices=FORMATS)
     return None
 
 
-_SCHEMES = {"8-bit float": "fp8", "8-bit int": "int8", "4-bit int": "int4"}
+def _declared(key: str, value: object, *, choices: Iterable[str]) -> FieldUse | ConfigError:
+    """The format that a config field names, or why it names none: an error only when it is used."""
+    try:
+        name = storage_format(value if isinstance(value, str) else shown(value)).name
+    except InputError:
+        name = ""
+    if name not in choices:
+        return ConfigError(f"config field {key} {shown(value)} is no KV dtype; give --kv-dtype")
+    return FieldUse(key, name, f"config field {key}")
 
 
 def _object(level: Mapping[str, Any], key: str, prefix: str) -> Mapping[str, Any]:
@@ -178,8 +186,18 @@ def _object(level: Mapping[str, Any], key: str, prefix: str) -> Mapping[str, Any
     return value
 
 
+_MTP_FIELDS = (
+    "num_nextn_predict_layers",
+    "mtp_num_hidden_layers",
+    "num_mtp_modules",
+    "num_mtp_layers",
+    "_num_mtp_layers",
+)
+
+
 def _notes(fields: ConfigFields) -> tuple[str, ...]:
-    num_mtp = fields.given("num_nextn_predict_layers")
-    if isinstance(num_mtp, int) and num_mtp > 0:
-        return (f"{num_mtp} multi-token-prediction layer(s) not counted",)
+    for key in _MTP_FIELDS:
+        count = fields.given(key)
+        if isinstance(count, int) and count > 0:
+            return (f"multi-token prediction not counted ({key}={count})",)
     return ()

@@ -78,4 +78,6 @@ def _active(key: str, value: object) -> bool:
         return any(kind != "full_attention" for kind in value)
     if key == "attn_type_list" and isinstance(value, list):
         return any(kind != 1 for kind in value)  # MiniMax: 1 is softmax attention, 0 lightning
+    if key in ("sliding_window", "attention_chunk_size"):
+        return value is not None and value is not False  # transformers takes a 0 for a window
     return value not in _INACTIVE

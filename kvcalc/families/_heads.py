@@ -29,14 +29,18 @@ def kv_rows(config: ConfigFields) -> Rows:
             "num_key_value_heads"
         )
         raise ConfigError(msg)
-    head_dim = config.optional_count("head_dim")
-    if head_dim is None:
-        hidden_size = config.count("hidden_size")
-        head_dim, rest = divmod(hidden_size, heads)
-        if rest:
-            msg = (
-                f"config has no head_dim, and its hidden_size {hidden_size} is not divisible by "
-                f"its {heads} num_attention_heads"
-            )
-            raise ConfigError(msg)
+    head_dim = config.optional_count("head_dim") or width_of_a_head(config, heads)
     return Rows(kv_heads, head_dim, head_dim)
+
+
+def width_of_a_head(config: ConfigFields, heads: int) -> int:
+    """hidden_size / num_attention_heads; ConfigError when that is no whole number."""
+    hidden_size = config.count("hidden_size")
+    width, rest = divmod(hidden_size, heads)
+    if rest:
+        msg = (
+            f"config has no head_dim, and its hidden_size {hidden_size} is not divisible by its "
+            f"{heads} num_attention_heads"
+        )
+        raise ConfigError(msg)
+    return width

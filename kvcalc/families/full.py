@@ -1,4 +1,5 @@
-"""Full attention in every layer: MHA, GQA (arXiv:2305.13245) and MQA (arXiv:1911.02150).
+"""Full attention in every layer with grouped KV heads: GQA (arXiv:2305.13245), of which MHA and MQA
+(arXiv:1911.02150) are the ends.
 
 Every token keeps K and V of each KV head in each layer. The model types are those whose modeling
 file in transformers 5.23.0 has no other kind of layer and reads the head geometry from the
@@ -13,10 +14,9 @@ SOURCE = "K and V of every token and KV head (arXiv:2305.13245, section 2)"
 
 MODEL_TYPES = frozenset(
     """
-    apertus arcee bitnet bloom cohere ernie4_5 ernie4_5_moe flex_olmo gemma glm glm4 glm4_moe gpt2
-    gpt_neox gptj granite granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3
-    internlm3 jais2 llama minimax_m2 nanochat nemotron olmo olmo2 olmoe opt persimmon phi seed_oss
-    solar_open stablelm
+    apertus arcee bitnet cohere ernie4_5 ernie4_5_moe flex_olmo gemma glm glm4 glm4_moe granite
+    granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hy_v3 internlm3 jais2 llama
+    minimax_m2 nanochat nemotron olmo olmo2 olmoe phi seed_oss solar_open stablelm
     """.split()
 )
 

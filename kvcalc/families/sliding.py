@@ -15,7 +15,7 @@ from kvcalc.families._heads import kv_rows, num_layers
 from kvcalc.layers import FullAttention, Layer, SlidingAttention
 from kvcalc.units import shown
 
-SOURCE = "a window layer attends to, and must keep, min(tokens, window) tokens (arXiv:2310.06825)"
+SOURCE = "full layers keep every token, window layers min(tokens, window) (arXiv:2310.06825)"
 
 UNDERSTANDS = frozenset({"layer_types", "sliding_window"})
 
@@ -76,7 +76,8 @@ def _switched(slides: Callable[[int, int], bool]) -> Rule:
 
 def _switched_all(config: ConfigFields, count: int) -> tuple[bool, ...]:
     """All layers slide when `use_sliding_window` is on; the class has no `max_window_layers`."""
-    return _all_layers(config, count) if config.flag("use_sliding_window") else (False,) * count
+    slides = _all_layers(config, count)
+    return slides if config.flag("use_sliding_window") else (False,) * count
 
 
 def _listed(config: ConfigFields) -> tuple[bool, ...] | None:

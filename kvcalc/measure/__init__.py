@@ -17,7 +17,10 @@ def require_torch() -> None:
 
     missing = [name for name in ("torch", "transformers") if find_spec(name) is None]
     if missing:
-        msg = f"{' and '.join(missing)} not installed; run: pip install 'kvcalc[profile]'"
+        msg = (
+            f"{' and '.join(missing)} not installed; run: pip install 'kvcalc[profile]' "
+            "(in a checkout: pip install '.[profile]')"
+        )
         raise MissingDependencyError(msg)
     from transformers.utils import logging
 

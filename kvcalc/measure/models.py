@@ -1,6 +1,5 @@
 """Models to measure: from a checkpoint, with random weights from a config alone, or built in."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -12,12 +11,13 @@ from transformers.modeling_utils import PreTrainedModel
 
 from kvcalc import sources
 from kvcalc.config import class_defaults
-from kvcalc.errors import InputError, ModelNotFoundError, UnsupportedError
-from kvcalc.families import Architecture, describe
+from kvcalc.errors import ConfigError, InputError, ModelNotFoundError, UnsupportedError
+from kvcalc.families import Architecture, decoder_level, describe
+from kvcalc.measure.record import available_memory
 from kvcalc.origin import Origin
 from kvcalc.sources.hub import check_reachable
 from kvcalc.sources.local import find_in_hf_cache
-from kvcalc.units import format_bytes
+from kvcalc.units import format_bytes, shown
 
 BUILT_IN = "built-in"
 
@@ -64,8 +64,8 @@ def pick_device(name: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         msg = f"device {name[:40]!r} is not measured; choose auto, cpu or cuda"
         raise InputError(msg)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        msg = "no CUDA device here: use --device cpu, or run where `nvidia-smi` lists a GPU"
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        msg = f"no {device} here: use --device cpu, or one of the GPUs that `nvidia-smi` lists"
         raise InputError(msg)
     return device
 
@@ -98,9 +98,13 @@ def load_model(
     if num_layers is not None:
         decoder = _first_layers(decoder, num_layers)
     architecture = describe(decoder)
-    dtype_name = architecture.model_dtype.value if dtype == "auto" else dtype
+    dtype_name = dtype
+    if dtype == "auto":
+        if isinstance(architecture.model_dtype, ConfigError):
+            raise architecture.model_dtype
+        dtype_name = str(architecture.model_dtype.value)
     if dtype_name not in _TORCH_DTYPES:
-        msg = f"--dtype {dtype_name} is no dtype to compute in; choose {', '.join(_TORCH_DTYPES)}"
+        msg = f"--dtype {shown(dtype)} is no dtype to compute in; choose {', '.join(_TORCH_DTYPES)}"
         raise InputError(msg)
     if class_defaults(architecture.model_type) is None:
         msg = (
@@ -119,16 +123,11 @@ def load_model(
 
 def _decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The text decoder's own config, with the dtype of the whole and without quantisation."""
-    text = config.get("text_config")
-    outer_type = config.get("model_type")
-    decoder = dict(config)
-    if isinstance(text, Mapping) and "num_hidden_layers" not in config:
-        wrapper = class_defaults(str(outer_type))
-        inner_type = text.get("model_type") or (wrapper.text if wrapper else "")
-        decoder = {**text, "model_type": inner_type}
-        for key in ("dtype", "torch_dtype"):
-            if key in config:
-                decoder.setdefault(key, config[key])
+    level = decoder_level(config)
+    decoder = {**level.config, "model_type": level.model_type}
+    for key in ("dtype", "torch_dtype"):
+        if config.get(key) is not None:
+            decoder[key] = config[key]
     for key in ("quantization_config", "auto_map"):
         decoder.pop(key, None)
     return decoder
@@ -205,7 +204,7 @@ def _check_room(need_bytes: int, device: torch.device) -> None:
     if device.type == "cuda":
         free_bytes, _ = torch.cuda.mem_get_info(device)
     else:
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free_bytes = available_memory()
     if need_bytes > free_bytes:
         msg = (
             f"weights of {format_bytes(need_bytes)} do not fit in the {format_bytes(free_bytes)} "
@@ -220,16 +219,22 @@ def _checkpoint(
     """Weights from a local folder or the Hub; a repository's own code is never run."""
     place = _weights_place(origin, revision)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            place, dtype=dtype, revision=revision or "main", trust_remote_code=False
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=dtype,
+            revision=revision or "main",
+            trust_remote_code=False,
+            output_loading_info=True,
         )
-        return cast("PreTrainedModel", model.to(device))  # type: ignore[arg-type] # a decorator
-    except (OSError, ValueError) as error:
-        msg = (
-            f"no weights to load from {place} ({_first_line(error)}); add --weights random to "
-            "build it from its config alone"
-        )
-        raise ModelNotFoundError(msg) from None
+        model, report = loaded
+        missing = sorted(report["missing_keys"])
+        if not missing:
+            return cast("PreTrainedModel", model.to(device))
+        reason = f"{len(missing)} weights are missing, {missing[0]} among them"
+    except Exception as error:  # noqa: BLE001 - libraries below raise their own kinds
+        reason = _first_line(error)
+    msg = f"cannot load {place} ({reason}); --weights random builds it from its config alone"
+    raise ModelNotFoundError(msg)
 
 
 def _weights_place(origin: Origin, revision: str | None) -> str:

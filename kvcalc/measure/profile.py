@@ -22,25 +22,36 @@ def profile(
     *,
     file: RowFile | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Measure each strategy in turn; a row is in `file` before it is yielded."""
+    """Measure each strategy in turn, the baseline first; a row is in `file` before it is yielded.
+
+    A row that cannot be written is yielded all the same, and the OutputError follows.
+    """
     baseline = None
-    for chosen in strategies:
+    for chosen in sorted(strategies, key=lambda one: one.name != BASELINE):
         row = measure(loaded, chosen, workload, conditions(loaded.device))
         if chosen.name == BASELINE:
             baseline = row
         add_ratios(row, baseline)
-        if file is not None:
-            file.append(row)
-        yield row
+        try:
+            if file is not None:
+                file.append(row)
+        finally:
+            yield row
 
 
 def exit_status(rows: Sequence[Mapping[str, Any]]) -> int:
-    """0 when every row is ok, else that of the gravest: a broken prediction or too little memory
-    is 1, a failure 70, a refusal 3 (0 beside rows that ran).
+    """0 when every row is ok, else that of the gravest: too little memory is 1, a failure 70, a
+    refusal 3.
+
+    Raises PredictionBrokenError when a row held other bytes than predicted.
     """
-    found = {row["status"] for row in rows}
-    if found & {"mismatch", "out_of_memory"}:
+    found = [row["status"] for row in rows]
+    if "mismatch" in found:
+        count = found.count("mismatch")
+        msg = f"{count} of {len(rows)} strategies held other bytes than predicted"
+        raise PredictionBrokenError(msg)
+    if "out_of_memory" in found:
         return PredictionBrokenError.exit_code
     if "failed" in found:
         return EXIT_BUG
-    return UnsupportedError.exit_code if found == {"refused"} else 0
+    return UnsupportedError.exit_code if "refused" in found else 0

@@ -33,15 +33,22 @@ def conditions(device: torch.device) -> dict[str, Any]:
 
 
 class RowFile:
-    """An append-only file of JSON lines; each row is on disk when `append` returns."""
+    """An append-only file of JSON lines; each row is on disk when `append` returns.
+
+    Raises OutputError when made for a path that cannot be written; nothing is left there then, or
+    when no row follows.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        existed = path.exists()
         self._write("")
+        if not existed:
+            path.unlink()
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one row. Raises OutputError when it cannot be written."""
-        self._write(json.dumps(row, ensure_ascii=False) + "\n")
+        self._write(json.dumps(row) + "\n")
 
     def _write(self, text: str) -> None:
         try:
@@ -52,6 +59,26 @@ class RowFile:
         except OSError as error:
             msg = f"cannot write to {self.path}: {error.strerror}; choose another --out"
             raise OutputError(msg) from None
+
+
+def available_memory() -> int:
+    """Bytes that this process may still take: what the kernel can free, within the cgroup."""
+    available = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for line in _lines("/proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            available = [int(line.split()[1]) * 1024]
+    limit, used = _lines("/sys/fs/cgroup/memory.max"), _lines("/sys/fs/cgroup/memory.current")
+    if limit and used and limit[0].isdigit():
+        available.append(int(limit[0]) - int(used[0]))
+    return min(available)
+
+
+def _lines(path: str) -> list[str]:
+    """The lines of a file of the kernel's; none when it is not there."""
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
 
 
 def _commit() -> str:
@@ -86,9 +113,9 @@ def _gpu(device: torch.device) -> dict[str, Any]:
     """What torch knows of the GPU, and what its driver says of its clocks and power."""
     properties = torch.cuda.get_device_properties(device)
     facts = {"processor": properties.name, "memory_bytes": properties.total_memory}
-    import pynvml
-
     try:
+        import pynvml
+
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
         facts |= {
@@ -98,16 +125,13 @@ def _gpu(device: torch.device) -> dict[str, Any]:
             "power_limit_milliwatts": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle),
             "used_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).used,
         }
-    except (AttributeError, pynvml.NVMLError) as error:
+    except Exception as error:  # noqa: BLE001 - conditions are context, never a reason to fail
         facts["driver"] = f"not readable ({type(error).__name__})"
     return facts
 
 
 def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    for line in _lines("/proc/cpuinfo"):
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()

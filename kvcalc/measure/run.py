@@ -2,8 +2,8 @@
 
 A run feeds a prompt of random tokens in one prefill, then single tokens that are fixed beforehand,
 so that every strategy does the same work. Bytes and peak come from a run of their own, since
-tracing slows it down; times from repeated runs after warm-up, with the device synchronised around
-each phase, never inside one.
+tracing slows it down; times from repeated runs after warm-up. The device is synchronised before and
+after the prefill, after the first decode step, which is timed apart too, and after the last one.
 """
 
 import gc
@@ -22,7 +22,7 @@ from kvcalc.measure.held import LayerBytes, held_by_layer
 from kvcalc.measure.models import LoadedModel
 from kvcalc.measure.peak import peak_memory
 from kvcalc.sizing import BASELINE, SizeReport, size_architecture
-from kvcalc.strategies import ChosenStrategy
+from kvcalc.strategies import ChosenStrategy, load_strategy
 
 ROW_SCHEMA = "kvcalc.profile-row/1"
 
@@ -62,23 +62,28 @@ def measure(
     try:
         predicted = predict(loaded, chosen, workload)
         row["predicted_bytes"] = predicted.total_bytes
-        row["predicted_ratio_to_dynamic"] = _ratio(
-            predicted.total_bytes, _baseline(loaded, workload)
-        )
         row |= _measured_bytes(loaded, chosen, workload, predicted)
+        baseline = predict(loaded, load_strategy(BASELINE), workload).total_bytes
+        row["ratio_to_dynamic"] = {"held": row["held_bytes"] / baseline}
         row |= _measured_times(loaded, chosen, workload)
-    except KvcalcError as error:
-        row |= {"status": "refused", "reason": str(error)}
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            row |= {"status": "failed", "reason": _one_line(error)}
-        else:
-            row |= {"status": "out_of_memory", "reason": _out_of_memory(row)}
     except Exception as error:  # noqa: BLE001 - one strategy's failure must not cost the others
-        row |= {"status": "failed", "reason": _one_line(error)}
+        status, reason = _went_wrong(error, row)
+        if row["status"] == "mismatch":  # found before: the graver news stays first
+            status, reason = "mismatch", f"{row['reason']}; then {reason}"
+        row |= {"status": status, "reason": reason}
     finally:
         _release(loaded.device)
     return row
+
+
+def _went_wrong(error: Exception, row: Mapping[str, Any]) -> tuple[str, str]:
+    if isinstance(error, KvcalcError):
+        return "refused", str(error)
+    if _is_out_of_memory(error):
+        predicted = row["predicted_bytes"]
+        cache = f"the cache alone takes {predicted:,} bytes; " if predicted else ""
+        return "out_of_memory", f"{cache}use a shorter --seq, a smaller --batch, or --layers N"
+    return "failed", f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
 
 
 def predict(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload) -> SizeReport:
@@ -95,14 +100,13 @@ def predict(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload) -> 
 
 
 def add_ratios(row: dict[str, Any], baseline: Mapping[str, Any] | None) -> None:
-    """Fill in `ratio_to_dynamic` of a finished row from the baseline's row."""
-    if baseline is None or baseline["status"] != "ok" or row["status"] not in ("ok", "mismatch"):
+    """Complete `ratio_to_dynamic` of a finished row, when the baseline was measured, too."""
+    if baseline is None or row["tpot_seconds"] is None or baseline["tpot_seconds"] is None:
         return
-    row["ratio_to_dynamic"] = {
-        "held": _ratio(row["held_bytes"], baseline["held_bytes"]),
-        "peak": _ratio(row["peak_bytes"], baseline["peak_bytes"]),
-        "ttft": _ratio(row["ttft_seconds"]["median"], baseline["ttft_seconds"]["median"]),
-        "tpot": _ratio(row["tpot_seconds"]["median"], baseline["tpot_seconds"]["median"]),
+    row["ratio_to_dynamic"] |= {
+        "peak": row["peak_bytes"] / baseline["peak_bytes"],
+        "ttft": row["ttft_seconds"]["median"] / baseline["ttft_seconds"]["median"],
+        "tpot": row["tpot_seconds"]["median"] / baseline["tpot_seconds"]["median"],
     }
 
 
@@ -125,7 +129,6 @@ def _empty_row(
         "first_decode_seconds": None,
         "tpot_seconds": None,
         "tokens_per_second": None,
-        "predicted_ratio_to_dynamic": None,
         "ratio_to_dynamic": None,
         "layers": [],
         "conditions": {
@@ -261,7 +264,9 @@ def _now(device: torch.device) -> float:
 
 def _summary(values: Sequence[float]) -> dict[str, Any]:
     """Median, and as spread the interquartile range."""
-    quartiles = statistics.quantiles(values, n=4) if len(values) > 1 else [values[0]] * 3
+    quartiles = [values[0]] * 3
+    if len(values) > 1:
+        quartiles = statistics.quantiles(values, n=4, method="inclusive")
     return {
         "median": statistics.median(values),
         "spread": quartiles[2] - quartiles[0],
@@ -271,35 +276,14 @@ def _summary(values: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _baseline(loaded: LoadedModel, workload: Workload) -> int:
-    from kvcalc.strategies import load_strategy
-
-    return predict(loaded, load_strategy(BASELINE), workload).total_bytes
-
-
-def _ratio(value: float, baseline: float) -> float:
-    return value / baseline if baseline else 0.0
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     text = str(error).lower()
     return "can't allocate memory" in text or "not enough memory" in text
 
 
-def _out_of_memory(row: Mapping[str, Any]) -> str:
-    predicted = row["predicted_bytes"]
-    cache = f"the cache alone takes {predicted:,} bytes; " if predicted else ""
-    return f"{cache}use a shorter --seq, a smaller --batch, or --layers N"
-
-
 def _release(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text:.200}"

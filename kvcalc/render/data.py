@@ -47,14 +47,14 @@ def write_csv(reports: Sequence[SizeReport]) -> None:
 def write_markdown(reports: Sequence[SizeReport]) -> None:
     """A pipe table, one row for each report."""
     lines = [
-        "| model | tokens | batch | dtype | KV cache | bytes | bytes/token | per rank |",
-        "|---|---:|---:|---|---:|---:|---:|---:|",
+        "| model | tokens | batch | dtype | strategy | engine | ranks | cache | bytes | per rank |",
+        "|---|---:|---:|---|---|---|---:|---:|---:|---:|",
     ]
     lines += [
         f"| {report.origin.resolved.replace('|', chr(92) + '|')} | {report.seq_tokens:,} "
-        f"| {report.batch} | {report.kv_dtype} | {format_bytes(report.total_bytes)} "
-        f"| {report.total_bytes:,} | {report.bytes_per_token:,} "
-        f"| {format_bytes(report.bytes_per_rank)} |"
+        f"| {report.batch} | {report.kv_dtype} | {report.strategy} | {report.engine} "
+        f"| {report.tp} × {report.pp} | {format_bytes(report.total_bytes)} "
+        f"| {report.total_bytes:,} | {format_bytes(report.bytes_per_rank)} |"
         for report in reports
     ]
     sys.stdout.write("\n".join(lines) + "\n")

@@ -11,10 +11,13 @@ from rich.text import Text
 from kvcalc.sizing import SizeReport
 from kvcalc.units import format_bytes
 
+WIDTH = 500
+"""Wider than any table: nothing is cut; a terminal folds long lines itself, a pipe keeps them."""
 
-def console(*, stderr: bool = False) -> Console:
+
+def console() -> Console:
     """A console that never styles numbers or reads markup in model names."""
-    return Console(highlight=False, markup=False, emoji=False, stderr=stderr)
+    return Console(highlight=False, markup=False, emoji=False, width=WIDTH)
 
 
 _WORDS = frozenset(
@@ -27,7 +30,7 @@ def table(*columns: str) -> Table:
     """A plain table without lines."""
     new = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for column in columns:
-        new.add_column(column, justify="left" if column in _WORDS else "right", overflow="fold")
+        new.add_column(column, justify="left" if column in _WORDS else "right", no_wrap=True)
     return new
 
 
@@ -48,19 +51,17 @@ def print_report(report: SizeReport, *, explain: bool = False) -> None:
     """One model at one point: the total, the growth, the layers, and where it all comes from."""
     out = console()
     title = Text(report.origin.resolved, style="bold")
-    title.append(f"  {_point(report)}", style="not bold")
+    title.append(f"  {report.seq_tokens:,} tokens × batch {report.batch:,}{_setting(report)}")
     out.print(title, soft_wrap=True)
     out.print()
+    ranks = report.tp * report.pp
     total = Text("KV cache   ")
     total.append(format_bytes(report.total_bytes), style="bold green")
     total.append(f"  {report.total_bytes:,} bytes  ({report.provenance})")
-    out.print(total, soft_wrap=True)
-    if report.tp * report.pp > 1:
-        out.print(
-            f"per rank   {format_bytes(report.bytes_per_rank)}  {report.bytes_per_rank:,} bytes"
-            f"  (tp {report.tp}, pp {report.pp})",
-            soft_wrap=True,
-        )
+    out.print(total.append(f"  on all {ranks} ranks" if ranks > 1 else ""), soft_wrap=True)
+    if ranks > 1:
+        size = f"{format_bytes(report.bytes_per_rank)}  {report.bytes_per_rank:,} bytes"
+        out.print(f"per rank   {size}  (the largest)", soft_wrap=True)
     for line in growth(report):
         out.print(line, soft_wrap=True)
     for name, num_bytes in report.transients.items():
@@ -82,18 +83,20 @@ def print_lengths(reports: Sequence[SizeReport]) -> None:
     """One model at a few lengths, for a user who named none."""
     first = reports[0]
     out = console()
-    out.print(Text(f"{first.origin.resolved}  {first.kv_dtype}", style="bold"), soft_wrap=True)
+    out.print(Text(first.origin.resolved + _setting(first, sep="  "), style="bold"), soft_wrap=True)
     out.print()
     for line in growth(first):
         out.print(line, soft_wrap=True)
     out.print()
-    rows = table("Tokens", "KV cache", "Bytes")
+    ranks = first.tp * first.pp > 1
+    rows = table("Tokens", "KV cache", "Bytes", *(["Per rank"] if ranks else []))
     for report in reports:
         at_most = " (max)" if report.seq_tokens == report.max_tokens else ""
         rows.add_row(
             f"{report.seq_tokens:,}{at_most}",
             format_bytes(report.total_bytes),
             f"{report.total_bytes:,}",
+            *([format_bytes(report.bytes_per_rank)] if ranks else []),
         )
     out.print(rows)
     out.print()
@@ -106,25 +109,23 @@ def print_lengths(reports: Sequence[SizeReport]) -> None:
 def print_comparison(reports: Sequence[SizeReport]) -> None:
     """Several points side by side; a column that never differs is said once above."""
     out = console()
+    same = reports[0]
     varies = {
         "Tokens": len({report.seq_tokens for report in reports}) > 1,
         "Batch": len({report.batch for report in reports}) > 1,
         "Dtype": len({report.kv_dtype for report in reports}) > 1,
-        "Rank": any(report.tp * report.pp > 1 for report in reports),
     }
-    same = reports[0]
     said = [
-        f"{same.seq_tokens:,} tokens" if not varies["Tokens"] else "",
-        f"batch {same.batch}" if not varies["Batch"] else "",
-        same.kv_dtype if not varies["Dtype"] else "",
-        same.strategy if same.strategy != "dynamic" else "",
-        f"engine {same.engine}" if same.engine != "model" else "",
+        "" if varies["Tokens"] else f"{same.seq_tokens:,} tokens",
+        "" if varies["Batch"] else f"batch {same.batch:,}",
+        _setting(same, dtype=not varies["Dtype"], sep=""),
     ]
-    out.print("KV cache at " + ", ".join(filter(None, said)), style="bold", soft_wrap=True)
+    title = ", ".join(filter(None, said))
+    out.print(f"KV cache at {title}" if title else "KV cache", style="bold", soft_wrap=True)
     out.print()
-    shown = [name for name, differs in varies.items() if differs and name != "Rank"]
-    rank = ["Per rank"] if varies["Rank"] else []
-    rows = table("Model", *shown, "KV cache", *rank, "Bytes", "B/token")
+    shown = [name for name, differs in varies.items() if differs]
+    ranks = same.tp * same.pp > 1
+    rows = table("Model", *shown, "KV cache", *(["Per rank"] if ranks else []), "Bytes", "B/token")
     for report in reports:
         cells = {
             "Tokens": f"{report.seq_tokens:,}",
@@ -135,36 +136,48 @@ def print_comparison(reports: Sequence[SizeReport]) -> None:
             report.origin.resolved,
             *(cells[name] for name in shown),
             format_bytes(report.total_bytes),
-            *([format_bytes(report.bytes_per_rank)] if rank else []),
+            *([format_bytes(report.bytes_per_rank)] if ranks else []),
             f"{report.total_bytes:,}",
-            f"{report.bytes_per_token:,}",
+            per_token(report),
         )
     out.print(rows)
     out.print()
     notes = [
-        note if report.origin.resolved in note else f"{report.origin.resolved}: {note}"
+        f"{report.origin.resolved}: {note}"
         for report in reports
         for note in report.notes
+        if note not in report.origin.notes  # the table shows what a name resolved to
     ]
     for note in dict.fromkeys(notes):
         out.print(f"note: {note}", soft_wrap=True, style="yellow")
 
 
+def per_token(report: SizeReport) -> str:
+    """Bytes of one more token; where growth is a staircase, the average so far."""
+    if report.segments:
+        return f"{report.bytes_per_token:,}"
+    return f"~{report.bytes_per_sequence // report.seq_tokens:,}"
+
+
 def growth(report: SizeReport) -> Iterable[str]:
-    """The line a sequence grows along: its slope, its fixed part, and where they change."""
+    """The line one sequence grows along: its slope, its fixed part, and where they change."""
+    whose = " per sequence" if report.batch > 1 else ""
+    if report.tp * report.pp > 1:
+        whose += ", on all ranks" if whose else " on all ranks"
     if not report.segments:
+        average = report.bytes_per_sequence // report.seq_tokens
         yield (
             f"growth     in steps; {report.bytes_per_token:,} bytes for the next token, "
-            f"{report.bytes_per_sequence / report.seq_tokens:,.1f} on average so far"
+            f"{average:,} on average so far{whose}"
         )
         return
     label = "growth"
     for segment, following in zip(report.segments, (*report.segments[1:], None), strict=True):
-        reach = f"up to {following.from_tokens:,} tokens" if following else ""
+        reach = f" up to {following.from_tokens:,} tokens" if following else ""
         if segment.from_tokens and not following:
-            reach = f"beyond {segment.from_tokens:,} tokens"
+            reach = f" beyond {segment.from_tokens:,} tokens"
         fixed = f" + {segment.fixed_bytes:,} bytes fixed" if segment.fixed_bytes else ""
-        yield f"{label:<10} {segment.bytes_per_token:,} bytes per token{fixed} {reach}".rstrip()
+        yield f"{label:<10} {segment.bytes_per_token:,} bytes per token{fixed}{whose}{reach}"
         label = ""
 
 
@@ -184,13 +197,17 @@ def provenance(report: SizeReport) -> Iterable[str]:
     yield f"dtype:    {report.kv_dtype}: {report.kv_dtype_origin}"
 
 
-def _point(report: SizeReport) -> str:
-    parts = [f"{report.seq_tokens:,} tokens × batch {report.batch:,}", report.kv_dtype]
-    if report.strategy != "dynamic":
-        parts.append(report.strategy)
-    if report.engine != "model":
-        parts.append(f"engine {report.engine}")
-    return ", ".join(parts)
+def _setting(report: SizeReport, *, dtype: bool = True, sep: str = ", ") -> str:
+    """What else was asked for: dtype, strategy, engine, ranks."""
+    parts = [
+        report.kv_dtype if dtype else "",
+        report.strategy if report.strategy != "dynamic" else "",
+        f"engine {report.engine}" if report.engine != "model" else "",
+        f"tp {report.tp}" if report.tp > 1 else "",
+        f"pp {report.pp}" if report.pp > 1 else "",
+    ]
+    said = ", ".join(filter(None, parts))
+    return sep + said if said else ""
 
 
 def _layer_table(report: SizeReport) -> Table:
@@ -238,16 +255,14 @@ def _short(value: object) -> str:
 def print_models(rows: Sequence[Mapping[str, Any]], *, pattern: str) -> None:
     """The catalogue's entries, and how many of them are sized."""
     out = console()
-    shown = table("Model", "Type", "Family", "Layers", "Max tokens", "B/token", "+ fixed")
+    shown = table("Model", "Family", "Dtype", "Max tokens", "B/token")
     for row in rows:
         shown.add_row(
             row["name"],
-            row["model_type"],
-            row["family"] or "refused",
-            str(row["layers"] or ""),
+            row["family"] or f"refused: {row['model_type']}",
+            row["kv_dtype"],
             f"{row['max_tokens']:,}" if row["max_tokens"] else "",
             f"{row['bytes_per_token']:,}" if not row["refused"] else "",
-            format_bytes(row["fixed_bytes"]) if row["fixed_bytes"] else "",
         )
     if rows:
         out.print(shown)
@@ -272,7 +287,7 @@ def print_strategies(rows: Sequence[Mapping[str, Any]]) -> None:
 
 def with_progress(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
     """The rows as they come, with a bar on standard error when that is a terminal."""
-    out = console(stderr=True)
+    out = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
         task = progress.add_task(names[0], total=len(names))
@@ -294,43 +309,67 @@ def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:
     )
     out.print()
     shown = table("Strategy", "Held", "vs dyn.", "Peak", "TTFT ms", "TPOT ms", "tok/s")
-    for row in rows:
-        if row["status"] in ("ok", "mismatch"):
+    labels = _labels(rows)
+    for label, row in zip(labels, rows, strict=True):
+        if row["tpot_seconds"]:
             shown.add_row(
-                row["strategy"],
+                label,
                 format_bytes(row["held_bytes"]),
-                f"{row['predicted_ratio_to_dynamic']:.3f}×",
+                f"{row['ratio_to_dynamic']['held']:.3f}×",
                 format_bytes(row["peak_bytes"]),
                 _milliseconds(row["ttft_seconds"]),
                 _milliseconds(row["tpot_seconds"]),
                 f"{row['tokens_per_second']:,.0f}",
             )
         else:
-            shown.add_row(row["strategy"], row["status"].replace("_", " "))
+            shown.add_row(label, row["status"].replace("_", " "))
     out.print(shown)
     out.print()
-    for row in rows:
+    for label, row in zip(labels, rows, strict=True):
         if row["status"] == "ok":
             out.print(
-                f"{row['strategy']}: predicted = held = {row['held_bytes']:,} bytes in all "
+                f"{label}: predicted = held = {row['held_bytes']:,} bytes in all "
                 f"{len(row['layers'])} layers",
                 style="green",
                 soft_wrap=True,
             )
         else:
             out.print(
-                f"{row['strategy']}: {row['status']}: {row['reason']}",
+                f"{label}: {row['status']}: {row['reason']}",
                 style="bold red",
                 soft_wrap=True,
             )
-    hardware = about["hardware"]["processor"]
+    runs = f"median of {about['repeats']} runs ± interquartile range"
     out.print(
-        f"{about['device']} ({hardware}), torch {about['torch']}, transformers "
-        f"{about['transformers']}; median of {about['repeats']} runs ± interquartile range",
+        f"{about['device']} ({about['hardware']['processor']}), torch {about['torch']}, "
+        f"transformers {about['transformers']}; "
+        f"{'one run' if about['repeats'] == 1 else runs}; peak above the weights",
         style="dim",
         soft_wrap=True,
     )
+    cores = about["hardware"].get("cores", 0)
+    if about["load_average"] > cores / 2 > 0:
+        out.print(
+            f"note: load average {about['load_average']} on {cores} cores before the first run: "
+            "times are disturbed, bytes are not",
+            style="yellow",
+            soft_wrap=True,
+        )
 
 
-def _milliseconds(timing: Mapping[str, float]) -> str:
-    return f"{timing['median'] * 1000:,.2f} ± {timing['spread'] * 1000:,.2f}"
+def _labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Each row's strategy, with its parameters where a strategy stands there twice."""
+    names = [row["strategy"] for row in rows]
+    return [
+        f"{name}:" + ",".join(f"{key}={value}" for key, value in row["parameters"].items())
+        if names.count(name) > 1
+        else name
+        for name, row in zip(names, rows, strict=True)
+    ]
+
+
+def _milliseconds(timing: Mapping[str, Any]) -> str:
+    median = f"{timing['median'] * 1000:,.2f}"
+    if len(timing["runs"]) == 1:
+        return median
+    return f"{median} ± {timing['spread'] * 1000:,.2f}"

@@ -34,10 +34,11 @@ def resolve(
         _check_revision(revision, is_path=path is not None)
     if path is not None:
         return local.read(model, path)
-    if revision is None:
-        entry = catalogue.find(model)
-        if entry is not None:
+    entry = catalogue.find(model)
+    if entry is not None:
+        if revision is None:
             return entry.config, _catalogue_origin(model, entry)
+        model = entry.name  # a revision is of the published repository
     if not local.is_repository_id(model):
         raise ModelNotFoundError(_no_such_model(model))
     cached = local.find_in_hf_cache(model, revision=revision or "main")

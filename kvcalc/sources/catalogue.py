@@ -6,6 +6,7 @@ common names to published ones.
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ class CatalogueEntry(NamedTuple):
     """A published model: the config fields that sizing needs, and who says so.
 
     `completeness` is `verbatim` (taken from a whole config.json) or `partial` (from a source that
+    gives only some of its fields).
     """
 
     name: str
@@ -64,16 +66,23 @@ def aliases() -> Mapping[str, str]:
 
 
 def suggestions(name: str, *, most: int = 3) -> list[str]:
-    """Names in the catalogue that a misspelt name may have meant, the likeliest first."""
+    """Names in the catalogue that a misspelt name may have meant, the likeliest first.
+
+    Names that contain all of its parts (`llama`, `3.1`, `70b`) come before names that look alike.
+    """
     import difflib
 
-    wanted = name.lower()
-    by_lower = {entry.lower(): entry for entry in names()} | dict(aliases())
-    short = {key.rpartition("/")[2]: entry for key, entry in by_lower.items()}
-    close = difflib.get_close_matches(wanted, by_lower, n=most, cutoff=0.6)
-    close_short = difflib.get_close_matches(wanted.rpartition("/")[2], short, n=most, cutoff=0.6)
-    found = [by_lower[key] for key in close] + [short[key] for key in close_short]
-    return list(dict.fromkeys(found))[:most]
+    wanted = name.lower().rpartition("/")[2]
+    parts = re.findall(r"[a-z]+|[0-9.]+b?", wanted)
+    known = {entry.lower(): entry for entry in names()} | dict(aliases())
+    likeness: dict[str, tuple[bool, float]] = {}
+    for text, entry in known.items():
+        model = text.rpartition("/")[2]
+        contains = len(wanted) > 2 and all(part in model for part in parts)
+        ratio = difflib.SequenceMatcher(a=wanted, b=model).ratio()
+        if contains or ratio >= 0.7:
+            likeness[entry] = max((contains, ratio), likeness.get(entry, (False, 0.0)))
+    return sorted(likeness, key=lambda entry: likeness[entry], reverse=True)[:most]
 
 
 def _paths() -> Iterator[Path]:

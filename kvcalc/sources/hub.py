@@ -25,6 +25,7 @@ Result = TypeVar("Result")
 ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 0.5
 
+_BAD_ADDRESS = ("UnsupportedProtocol", "InvalidURL", "InvalidSchema", "MissingSchema")
 _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
 
 
@@ -161,7 +162,7 @@ def _unreachable(error: Exception, model: str, hint: str) -> tuple[Exception, bo
     if any(isinstance(link, UnicodeError) for link in links):
         msg = "HF_TOKEN holds characters that no token has: set it again, or unset it"
         return InputError(msg), False
-    if any("Protocol" in type(link).__name__ or "URL" in type(link).__name__ for link in links):
+    if any(type(link).__name__ in _BAD_ADDRESS for link in links):
         msg = "HF_ENDPOINT is no address such as https://huggingface.co: correct it, or unset it"
         return InputError(msg), False
     if isinstance(error, OSError) and error.filename is not None:
@@ -173,8 +174,8 @@ def _unreachable(error: Exception, model: str, hint: str) -> tuple[Exception, bo
     if not any(isinstance(link, OSError) or _is_network(link) for link in links):
         return error, False
     msg = (
-        f"cannot reach the Hub for {model} ({type(links[-1]).__name__}): go online, or give a "
-        f"config.json file.{hint}"
+        f"{model} is not in the catalogue,{hint or ' and'} the Hub cannot be reached "
+        f"({type(links[-1]).__name__}): go online, or give a config.json file"
     )
     return HubUnavailableError(msg), True
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
-from kvcalc.dtypes import StorageFormat
+from kvcalc.dtypes import COMPUTE_DTYPES, StorageFormat
 from kvcalc.errors import InputError, UnsupportedError
 from kvcalc.layers import FullAttention, LatentAttention, Layer, SlidingAttention
 
@@ -19,7 +19,6 @@ WORKS_ON = "full-attention and latent layers; window layers stay in the model's 
 PARAMETERS: Mapping[str, int] = {"group": 32, "residual": 128}
 
 BITS = 4
-_TAIL_FORMATS = ("fp32", "bf16", "fp16")
 
 
 def packed_tokens(tokens: int, *, group: int, residual: int) -> int:
@@ -41,8 +40,8 @@ class PackedLayer:
 
     def num_bytes(self, *, tokens: int, batch: int, dtype: StorageFormat) -> int:
         """Packed values, their scales and minima, and the tail in `dtype`."""
-        if dtype.name not in _TAIL_FORMATS:
-            msg = f"int4 keeps its tail and scales in {', '.join(_TAIL_FORMATS)}, not {dtype.name}"
+        if dtype.name not in COMPUTE_DTYPES:
+            msg = f"int4 keeps its tail and scales in {', '.join(COMPUTE_DTYPES)}, not {dtype.name}"
             raise UnsupportedError(msg)
         packed = packed_tokens(tokens, group=self.group, residual=self.residual)
         heads, key_dim, value_dim = self.layer.rows()

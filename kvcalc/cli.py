@@ -173,22 +173,17 @@ def profile(
     out: Annotated[Path | None, typer.Option(help="Append each row to this JSONL file.")] = None,
 ) -> None:
     """Run a real model under cache strategies: bytes held, peak, TTFT and TPOT."""
-    from kvcalc import measure
-    from kvcalc.strategies import load_strategy, split_specs
+    from kvcalc.measure import require_torch
+    from kvcalc.measure.workload import checked_workload
+    from kvcalc.strategies import load_strategies
 
-    chosen = [load_strategy(spec) for spec in split_specs(strategy or ["dynamic,static,int4"])]
-    prompt_tokens = parse_tokens(seq)
-    for name, value, most in (
-        ("--decode", decode, 2**20),
-        ("--batch", batch, 2**20),
-        ("--repeats", repeats, 1000),
-    ):
-        check_count(value, name=name, most=most)
-    if not 0 <= warmup <= 1000:
-        msg = f"--warmup must be from 0 to 1,000, not {warmup}"
-        raise InputError(msg)
-    measure.require_torch()
+    chosen = load_strategies(strategy or ["dynamic,static,int4"])
+    workload = checked_workload(
+        seq=seq, decode=decode, batch=batch, repeats=repeats, warmup=warmup, seed=seed
+    )
+    require_torch()
     from kvcalc.measure import profile as profiling
+    from kvcalc.render import data, text
 
     file = profiling.RowFile(out) if out else None
     loaded = profiling.load_model(
@@ -200,14 +195,10 @@ def profile(
         seed=seed,
         revision=revision,
     )
-    workload = profiling.Workload(prompt_tokens, decode, batch, repeats, warmup, seed)
     rows: list[dict[str, Any]] = []
-    from kvcalc.render import data, text
-
     try:
-        names = [one.spec for one in chosen]
         measured = profiling.profile(loaded, chosen, workload, file=file)
-        rows.extend(text.with_progress(measured, names))
+        rows.extend(text.with_progress(measured, [one.spec for one in chosen]))
     finally:  # after Ctrl-C too: what was measured is shown
         if json:
             data.write_json({"schema": profiling.SCHEMA, "rows": rows})
@@ -251,6 +242,8 @@ def _global_options(
 
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - till the end
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a × on an ASCII terminal is no reason to fail
@@ -269,8 +262,7 @@ def run(arguments: list[str]) -> int:
     try:
         app = application(called or COMMANDS)
         status = app(_canonical(arguments), prog_name="kvcalc", standalone_mode=False)
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except KvcalcError as error:
         _complain(str(error))
         return error.exit_code

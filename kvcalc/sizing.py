@@ -15,11 +15,10 @@ from kvcalc.errors import ConfigError, UnsupportedError
 from kvcalc.families import Architecture
 from kvcalc.layers import Layer
 from kvcalc.origin import Origin
-from kvcalc.strategies import ChosenStrategy, load_strategy
+from kvcalc.strategies import BASELINE, ChosenStrategy, load_strategy
 from kvcalc.units import MAX_TOKENS, ceil_div, check_count, format_bytes
 
 SCHEMA = "kvcalc.size/1"
-BASELINE = "dynamic"
 
 MAX_BATCH = 2**31 - 1
 MAX_RANKS = 2**16

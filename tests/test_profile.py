@@ -14,6 +14,7 @@ from kvcalc.errors import OutputError
 from kvcalc.measure import models, run
 from kvcalc.measure.peak import peak_memory
 from kvcalc.measure.record import RowFile
+from kvcalc.measure.workload import Workload
 from kvcalc.strategies import load_strategy, strategy_names
 from kvcalc.strategies.static import cache as static_cache
 
@@ -303,5 +304,5 @@ def test_every_strategy_promises_what_it_holds(model_type, name, tmp_path):
     )
     chosen = load_strategy(SMALL_GROUPS.get(name, name))
     for prompt in (4, 40):
-        row = run.measure(loaded, chosen, run.Workload(prompt, 3, 2, 1, 1, 0), {})
+        row = run.measure(loaded, chosen, Workload(prompt, 3, 2, 1, 1, 0), {})
         assert row["status"] == "ok", row["reason"]

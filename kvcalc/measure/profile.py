@@ -6,13 +6,13 @@ from typing import Any
 from kvcalc.errors import EXIT_BUG, PredictionBrokenError, UnsupportedError
 from kvcalc.measure.models import LoadedModel, load_model, pick_device
 from kvcalc.measure.record import RowFile, conditions
-from kvcalc.measure.run import Workload, add_ratios, measure
-from kvcalc.sizing import BASELINE
-from kvcalc.strategies import ChosenStrategy
+from kvcalc.measure.run import add_ratios, measure
+from kvcalc.measure.workload import Workload
+from kvcalc.strategies import BASELINE, ChosenStrategy
 
 SCHEMA = "kvcalc.profile/1"
 
-__all__ = ["SCHEMA", "RowFile", "Workload", "exit_status", "load_model", "pick_device", "profile"]
+__all__ = ["SCHEMA", "RowFile", "exit_status", "load_model", "pick_device", "profile"]
 
 
 def profile(
@@ -22,12 +22,12 @@ def profile(
     *,
     file: RowFile | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Measure each strategy in turn, the baseline first; a row is in `file` before it is yielded.
+    """Measure each strategy in turn; a row is in `file` before it is yielded.
 
     A row that cannot be written is yielded all the same, and the OutputError follows.
     """
     baseline = None
-    for chosen in sorted(strategies, key=lambda one: one.name != BASELINE):
+    for chosen in strategies:
         row = measure(loaded, chosen, workload, conditions(loaded.device))
         if chosen.name == BASELINE:
             baseline = row

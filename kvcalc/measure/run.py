@@ -21,26 +21,11 @@ from kvcalc.errors import KvcalcError
 from kvcalc.measure.held import LayerBytes, held_by_layer
 from kvcalc.measure.models import LoadedModel
 from kvcalc.measure.peak import peak_memory
-from kvcalc.sizing import BASELINE, SizeReport, size_architecture
-from kvcalc.strategies import ChosenStrategy, load_strategy
+from kvcalc.measure.workload import Workload
+from kvcalc.sizing import SizeReport, size_architecture
+from kvcalc.strategies import BASELINE, ChosenStrategy, load_strategy
 
 ROW_SCHEMA = "kvcalc.profile-row/1"
-
-
-class Workload(NamedTuple):
-    """What every strategy is put through. Token counts are for each of `batch` sequences."""
-
-    prompt_tokens: int
-    decode_tokens: int
-    batch: int
-    repeats: int
-    warmup: int
-    seed: int
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens fed by the end: prompt and decoded ones."""
-        return self.prompt_tokens + self.decode_tokens
 
 
 class Timing(NamedTuple):

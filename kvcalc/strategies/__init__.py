@@ -16,6 +16,9 @@ from typing import NamedTuple, Protocol, cast
 from kvcalc.errors import InputError
 from kvcalc.layers import Layer
 
+BASELINE = "dynamic"
+"""The strategy that the others are compared with."""
+
 
 class Strategy(Protocol):
     """What a folder of this package offers."""
@@ -60,15 +63,18 @@ def strategy_names() -> tuple[str, ...]:
     return tuple(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
 
 
-def split_specs(values: Iterable[str]) -> list[str]:
-    """Comma lists as one list: `dynamic,int4:group=32,residual=64` is two strategies."""
+def load_strategies(values: Iterable[str]) -> list[ChosenStrategy]:
+    """Read comma lists of strategies, the baseline first so that the others can be compared.
+
+    `int4:group=32,residual=64,dynamic` is two: a part with `=` but no `:` continues the one before.
+    """
     specs: list[str] = []
     for item in ",".join(values).split(","):
         if specs and ":" in specs[-1] and "=" in item and ":" not in item:
             specs[-1] += f",{item}"
         else:
             specs.append(item)
-    return specs
+    return sorted(map(load_strategy, specs), key=lambda chosen: chosen.name != BASELINE)
 
 
 @cache

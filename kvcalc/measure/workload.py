@@ -1,0 +1,38 @@
+"""What a measured model is put through; knows no torch, so that bad values are told at once."""
+
+from typing import NamedTuple
+
+from kvcalc.errors import InputError
+from kvcalc.units import check_count, parse_tokens
+
+_MOST_TOKENS = 2**20
+_MOST_RUNS = 1000
+
+
+class Workload(NamedTuple):
+    """What every strategy is put through. Token counts are for each of `batch` sequences."""
+
+    prompt_tokens: int
+    decode_tokens: int
+    batch: int
+    repeats: int
+    warmup: int
+    seed: int
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens fed by the end: prompt and decoded ones."""
+        return self.prompt_tokens + self.decode_tokens
+
+
+def checked_workload(
+    *, seq: str, decode: int, batch: int, repeats: int, warmup: int, seed: int
+) -> Workload:
+    """A workload from what the user gave; InputError for a value out of range."""
+    check_count(decode, name="--decode", most=_MOST_TOKENS)
+    check_count(batch, name="--batch", most=_MOST_TOKENS)
+    check_count(repeats, name="--repeats", most=_MOST_RUNS)
+    if not 0 <= warmup <= _MOST_RUNS:
+        msg = f"--warmup must be from 0 to {_MOST_RUNS:,}, not {warmup}"
+        raise InputError(msg)
+    return Workload(parse_tokens(seq), decode, batch, repeats, warmup, seed)

@@ -17,7 +17,7 @@ WIDTH = 500
 
 def console() -> Console:
     """A console that never styles numbers or reads markup in model names."""
-    return Console(highlight=False, markup=False, emoji=False, width=WIDTH)
+    return Console(highlight=False, markup=False, emoji=False, width=WIDTH, soft_wrap=True)
 
 
 _WORDS = frozenset(
@@ -52,41 +52,37 @@ def print_report(report: SizeReport, *, explain: bool = False) -> None:
     out = console()
     title = Text(report.origin.resolved, style="bold")
     title.append(f"  {report.seq_tokens:,} tokens × batch {report.batch:,}{_setting(report)}")
-    out.print(title, soft_wrap=True)
+    out.print(title)
     out.print()
     ranks = report.tp * report.pp
     total = Text("KV cache   ")
     total.append(format_bytes(report.total_bytes), style="bold green")
     total.append(f"  {report.total_bytes:,} bytes  ({report.provenance})")
-    out.print(total.append(f"  on all {ranks} ranks" if ranks > 1 else ""), soft_wrap=True)
+    out.print(total.append(f"  on all {ranks} ranks" if ranks > 1 else ""))
     if ranks > 1:
         size = f"{format_bytes(report.bytes_per_rank)}  {report.bytes_per_rank:,} bytes"
-        out.print(f"per rank   {size}  (the largest)", soft_wrap=True)
+        out.print(f"per rank   {size}  (the largest)")
     for line in growth(report):
-        out.print(line, soft_wrap=True)
+        out.print(line)
     for name, num_bytes in report.transients.items():
         label = name.removesuffix("_bytes").replace("_", " ")
-        out.print(f"{label}: {format_bytes(num_bytes)}  {num_bytes:,} bytes", soft_wrap=True)
+        out.print(f"{label}: {format_bytes(num_bytes)}  {num_bytes:,} bytes")
     out.print()
     out.print(_layer_table(report))
     if explain:
         out.print()
         _print_formulas(out, report)
-    out.print()
-    for line in provenance(report):
-        out.print(line, soft_wrap=True, style="dim")
-    for note in report.notes:
-        out.print(f"note: {note}", soft_wrap=True, style="yellow")
+    _print_footer(out, report, report.notes)
 
 
 def print_lengths(reports: Sequence[SizeReport]) -> None:
     """One model at a few lengths, for a user who named none."""
     first = reports[0]
     out = console()
-    out.print(Text(first.origin.resolved + _setting(first, sep="  "), style="bold"), soft_wrap=True)
+    out.print(Text(first.origin.resolved + _setting(first, sep="  "), style="bold"))
     out.print()
     for line in growth(first):
-        out.print(line, soft_wrap=True)
+        out.print(line)
     out.print()
     ranks = first.tp * first.pp > 1
     rows = table("Tokens", "KV cache", "Bytes", *(["Per rank"] if ranks else []))
@@ -99,11 +95,16 @@ def print_lengths(reports: Sequence[SizeReport]) -> None:
             *([format_bytes(report.bytes_per_rank)] if ranks else []),
         )
     out.print(rows)
+    _print_footer(out, first, [note for report in reports for note in report.notes])
+
+
+def _print_footer(out: Console, report: SizeReport, notes: Iterable[str]) -> None:
+    """Where a report comes from, and each note once."""
     out.print()
-    for line in provenance(first):
-        out.print(line, soft_wrap=True, style="dim")
-    for note in dict.fromkeys(note for report in reports for note in report.notes):
-        out.print(f"note: {note}", soft_wrap=True, style="yellow")
+    for line in provenance(report):
+        out.print(line, style="dim")
+    for note in dict.fromkeys(notes):
+        out.print(f"note: {note}", style="yellow")
 
 
 def print_comparison(reports: Sequence[SizeReport]) -> None:
@@ -121,7 +122,7 @@ def print_comparison(reports: Sequence[SizeReport]) -> None:
         _setting(same, dtype=not varies["Dtype"], sep=""),
     ]
     title = ", ".join(filter(None, said))
-    out.print(f"KV cache at {title}" if title else "KV cache", style="bold", soft_wrap=True)
+    out.print(f"KV cache at {title}" if title else "KV cache", style="bold")
     out.print()
     shown = [name for name, differs in varies.items() if differs]
     ranks = same.tp * same.pp > 1
@@ -149,7 +150,7 @@ def print_comparison(reports: Sequence[SizeReport]) -> None:
         if note not in report.origin.notes  # the table shows what a name resolved to
     ]
     for note in dict.fromkeys(notes):
-        out.print(f"note: {note}", soft_wrap=True, style="yellow")
+        out.print(f"note: {note}", style="yellow")
 
 
 def per_token(report: SizeReport) -> str:
@@ -227,9 +228,9 @@ def _print_formulas(out: Console, report: SizeReport) -> None:
     for group in report.groups:
         count = len(group.indices)
         out.print(f"{count} × {group.kind}, layers {_spans(group.indices)}", style="bold")
-        out.print(f"  each {group.formula} = {group.bytes_per_layer:,} B", soft_wrap=True)
+        out.print(f"  each {group.formula} = {group.bytes_per_layer:,} B")
         out.print(
-            f"  {count} × {group.bytes_per_layer:,} B = {group.total_bytes:,} B", soft_wrap=True
+            f"  {count} × {group.bytes_per_layer:,} B = {group.total_bytes:,} B",
         )
 
 
@@ -270,7 +271,7 @@ def print_models(rows: Sequence[Mapping[str, Any]], *, pattern: str) -> None:
     sized = sum(not row["refused"] for row in rows)
     matching = f" matching {pattern!r}" if pattern else ""
     count = f"{len(rows)} model{'s' * (len(rows) != 1)}"
-    out.print(f"{count}{matching}, {sized} of them sized", style="dim", soft_wrap=True)
+    out.print(f"{count}{matching}, {sized} of them sized", style="dim")
 
 
 def print_strategies(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -279,10 +280,8 @@ def print_strategies(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         defaults = ",".join(f"{key}={value}" for key, value in row["parameters"].items())
         out.print(Text(row["name"] + (f":{defaults}" if defaults else ""), style="bold"))
-        out.print(f"  {row['summary']}", soft_wrap=True)
-        out.print(
-            f"  works on {row['works_on']}; source: {row['source']}", soft_wrap=True, style="dim"
-        )
+        out.print(f"  {row['summary']}")
+        out.print(f"  works on {row['works_on']}; source: {row['source']}", style="dim")
 
 
 def with_progress(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -305,7 +304,6 @@ def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:
         f"{about['dtype']}, {about['prompt_tokens']:,} + {about['decode_tokens']:,} tokens × "
         f"batch {about['batch']}",
         style="bold",
-        soft_wrap=True,
     )
     out.print()
     shown = table("Strategy", "Held", "vs dyn.", "Peak", "TTFT ms", "TPOT ms", "tok/s")
@@ -331,13 +329,11 @@ def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:
                 f"{label}: predicted = held = {row['held_bytes']:,} bytes in all "
                 f"{len(row['layers'])} layers",
                 style="green",
-                soft_wrap=True,
             )
         else:
             out.print(
                 f"{label}: {row['status']}: {row['reason']}",
                 style="bold red",
-                soft_wrap=True,
             )
     runs = f"median of {about['repeats']} runs ± interquartile range"
     out.print(
@@ -345,7 +341,6 @@ def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:
         f"transformers {about['transformers']}; "
         f"{'one run' if about['repeats'] == 1 else runs}; peak above the weights",
         style="dim",
-        soft_wrap=True,
     )
     cores = about["hardware"].get("cores", 0)
     if about["load_average"] > cores / 2 > 0:
@@ -353,7 +348,6 @@ def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:
             f"note: load average {about['load_average']} on {cores} cores before the first run: "
             "times are disturbed, bytes are not",
             style="yellow",
-            soft_wrap=True,
         )
 
 

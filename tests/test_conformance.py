@@ -1,9 +1,11 @@
 """The proof of `engine="transformers"`: real models, run, and the storages they hold counted."""
 
+import json
+
 import pytest
 import torch
 from tiny import WINDOW, build, tiny_config
-from transformers import DynamicCache
+from transformers import AutoConfig, DynamicCache
 
 import kvcalc
 from kvcalc.config import class_defaults
@@ -41,6 +43,17 @@ def test_every_claimed_type_holds_what_is_predicted(model_type):
             )
             assert [layer.bytes for layer in report.layers] == held
             assert report.total_bytes == sum(held) > 0
+
+
+@pytest.mark.parametrize("model_type", RUNNABLE)
+def test_a_saved_config_is_the_same_model(model_type):
+    """As transformers saves it, with or without defaults, or as its object: the same layers."""
+    config = tiny_config(model_type)
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    saved = AutoConfig.for_model(model_type, **fields)
+    layers = kvcalc.size(config, seq=50, kv_dtype="bf16").layers
+    for form in (json.loads(saved.to_json_string()), saved.to_dict(), saved):
+        assert kvcalc.size(form, seq=50, kv_dtype="bf16").layers == layers
 
 
 VARIATIONS = {

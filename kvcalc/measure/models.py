@@ -11,7 +11,8 @@ from transformers.modeling_utils import PreTrainedModel
 
 from kvcalc import sources
 from kvcalc.config import class_defaults
-from kvcalc.errors import ConfigError, InputError, ModelNotFoundError, UnsupportedError
+from kvcalc.engines import load_engine
+from kvcalc.errors import ConfigError, InputError, ModelNotFoundError
 from kvcalc.families import Architecture, decoder_level, describe
 from kvcalc.measure.record import available_memory
 from kvcalc.origin import Origin
@@ -106,12 +107,7 @@ def load_model(
     if dtype_name not in _TORCH_DTYPES:
         msg = f"--dtype {shown(dtype)} is no dtype to compute in; choose {', '.join(_TORCH_DTYPES)}"
         raise InputError(msg)
-    if class_defaults(architecture.model_type) is None:
-        msg = (
-            f"transformers has no model_type {architecture.model_type!r}, and a repository's own "
-            "code is never run; kvcalc size still sizes it"
-        )
-        raise UnsupportedError(msg)
+    load_engine("transformers").refuse(architecture, tp=1, pp=1)
     torch.manual_seed(seed)
     if weights == "random":
         loaded = _random(decoder, origin, _TORCH_DTYPES[dtype_name], device)

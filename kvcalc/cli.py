@@ -4,6 +4,7 @@
 status (0 done, 1 a check or prediction failed, 2 bad input, 3 refused, 70 a bug).
 """
 
+import codecs
 import errno
 import io
 import os
@@ -21,6 +22,8 @@ from kvcalc.errors import EXIT_BUG, InputError, KvcalcError, OutputError
 from kvcalc.units import check_count, parse_tokens, shown
 
 EXIT_INTERRUPTED = 130
+
+_PLAIN = {"×": "x", "±": "+/-", "≥": ">=", "…": "..."}
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
@@ -244,15 +247,24 @@ def main() -> NoReturn:
     """Run the command line and exit with its status."""
     if sys.stdout is None:  # closed by the caller
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - till the end
+    codecs.register_error("plain", _plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a × on an ASCII terminal is no reason to fail
+            stream.reconfigure(errors="plain")
     status = run(sys.argv[1:] or ["--help"])
     if "torch" in sys.modules:
         sys.exit(status)
     # Nothing is left to clean up, and taking the interpreter apart object by object would cost a
     # sixth of the whole run.
     os._exit(status)
+
+
+def _plain(error: UnicodeError) -> tuple[str, int]:
+    """Spell out the signs that a terminal's encoding does not have."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    signs = error.object[error.start : error.end]
+    return "".join(_PLAIN.get(sign, "?") for sign in signs), error.end
 
 
 def run(arguments: list[str]) -> int:

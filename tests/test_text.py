@@ -1,6 +1,9 @@
 """What a person sees: whole screens at 80 columns, compared with literals."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -130,6 +133,17 @@ def test_names_of_other_tools_are_taken(screen):
         *("--tensor-parallel-size", "2", "--json"),
     )
     assert ours == theirs
+
+
+def test_an_ascii_terminal_gets_ascii():
+    """Signs that an encoding lacks are spelt out instead of failing or turning into marks."""
+    done = subprocess.run(
+        [sys.executable, "-m", "kvcalc", "size", "llama-3-8b", "--seq", "8k", "--strategy", "int4"],
+        capture_output=True,
+        check=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+    )
+    assert b"8 KV heads x (128 K + 128 V), int4/32 + tail >= 128" in done.stdout
 
 
 def test_strategies_are_listed(screen):

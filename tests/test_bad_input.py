@@ -498,3 +498,20 @@ def test_a_comma_that_may_group_or_list(complaint, text):
     assert status == BAD
     assert "--seq " + text.replace(",", "_") in line
     assert all(f"--seq {part.lstrip('0')}" in line for part in text.split(","))
+
+
+def test_a_revision_of_a_catalogued_model(complaint):
+    """A revision that is not to be had says so, and not that the model is unknown."""
+    status, line = complaint("size", LLAMA, "--revision", "v2")
+    assert status == BAD
+    assert f"revision v2 of {LLAMA} is not in the local Hugging Face cache" in line
+    assert "in the catalogue" not in line
+    assert "Did you mean" not in line
+
+
+def test_a_wrapper_around_an_unknown_decoder(complaint, tmp_path):
+    """The refusal names the field that decides: the inner type, not the wrapper's."""
+    config = {"model_type": "llava", "text_config": {"model_type": "mpt"}}
+    status, line = complaint("size", written(tmp_path, config))
+    assert status == REFUSED
+    assert "deciding field: text_config.model_type" in line

@@ -195,6 +195,7 @@ def test_bad_input_is_one_line(capsys, arguments, status, words):
     assert printed.out == ""
     assert len(printed.err.strip().splitlines()) == 1
     assert words in printed.err
+    assert "in the catalogue" not in printed.err  # all of these names are
 
 
 def test_a_mismatch_stays_one_when_timing_fails_after_it(capsys, monkeypatch):

@@ -76,7 +76,7 @@ def test_several_points_are_a_table(screen):
     assert screen(
         *("size", "llama-3-8b", "deepseek-v3", "--seq", "32k", "--kv-dtype", "bf16,fp8")
     ).splitlines()[:7] == [
-        "KV cache at 32,768 tokens, batch 1",
+        "KV cache: 32,768 tokens, batch 1",
         "",
         "Model                       Dtype   KV cache          Bytes  B/token",
         "meta-llama/Meta-Llama-3-8B  bf16   4.000 GiB  4,294,967,296  131,072",

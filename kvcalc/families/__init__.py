@@ -123,16 +123,17 @@ def decoder_level(config: Mapping[str, Any]) -> DecoderLevel:
         inner_type = text.get("model_type") or (wrapper.text if wrapper else "")
         if isinstance(inner_type, str) and inner_type in families():
             return DecoderLevel(text, inner_type, "text_config.")
-    raise UnsupportedError(_unknown_type(model_type, config))
+        raise UnsupportedError(_unknown_type("text_config.model_type", inner_type, config))
+    raise UnsupportedError(_unknown_type("model_type", model_type, config))
 
 
-def _unknown_type(model_type: str, config: Mapping[str, Any]) -> str:
-    reason = f"model_type {shown(model_type)} is of no family that kvcalc knows yet"
+def _unknown_type(key: str, model_type: object, config: Mapping[str, Any]) -> str:
+    reason = f"{key} {shown(model_type)} is of no family that kvcalc knows yet"
     remote = config.get("auto_map")
     if isinstance(remote, Mapping) and remote:
         code = shown(remote.get("AutoConfig") or next(iter(remote.values())))
         reason += f"; its code lies in the model repository (auto_map: {code}) and is never run"
-    return reason + "; deciding field: model_type"
+    return f"{reason}; deciding field: {key}"
 
 
 def _model_dtype(config: Mapping[str, Any], fields: ConfigFields) -> FieldUse | ConfigError:

@@ -39,8 +39,8 @@ def width_of_a_head(config: ConfigFields, heads: int) -> int:
     width, rest = divmod(hidden_size, heads)
     if rest:
         msg = (
-            f"config has no head_dim, and its hidden_size {hidden_size} is not divisible by its "
-            f"{heads} num_attention_heads"
+            f"config has hidden_size {hidden_size}, which is not divisible by its {heads} "
+            "num_attention_heads"
         )
         raise ConfigError(msg)
     return width

@@ -122,7 +122,7 @@ def print_comparison(reports: Sequence[SizeReport]) -> None:
         _setting(same, dtype=not varies["Dtype"], sep=""),
     ]
     title = ", ".join(filter(None, said))
-    out.print(f"KV cache at {title}" if title else "KV cache", style="bold")
+    out.print(f"KV cache: {title}" if title else "KV cache", style="bold")
     out.print()
     shown = [name for name, differs in varies.items() if differs]
     ranks = same.tp * same.pp > 1
@@ -142,13 +142,14 @@ def print_comparison(reports: Sequence[SizeReport]) -> None:
             per_token(report),
         )
     out.print(rows)
-    out.print()
     notes = [
         f"{report.origin.resolved}: {note}"
         for report in reports
         for note in report.notes
         if note not in report.origin.notes  # the table shows what a name resolved to
     ]
+    if notes:
+        out.print()
     for note in dict.fromkeys(notes):
         out.print(f"note: {note}", style="yellow")
 
@@ -229,9 +230,7 @@ def _print_formulas(out: Console, report: SizeReport) -> None:
         count = len(group.indices)
         out.print(f"{count} × {group.kind}, layers {_spans(group.indices)}", style="bold")
         out.print(f"  each {group.formula} = {group.bytes_per_layer:,} B")
-        out.print(
-            f"  {count} × {group.bytes_per_layer:,} B = {group.total_bytes:,} B",
-        )
+        out.print(f"  {count} × {group.bytes_per_layer:,} B = {group.total_bytes:,} B")
 
 
 def _spans(indices: tuple[int, ...]) -> str:
@@ -331,10 +330,7 @@ def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:
                 style="green",
             )
         else:
-            out.print(
-                f"{label}: {row['status']}: {row['reason']}",
-                style="bold red",
-            )
+            out.print(f"{label}: {row['status']}: {row['reason']}", style="bold red")
     runs = f"median of {about['repeats']} runs ± interquartile range"
     out.print(
         f"{about['device']} ({about['hardware']['processor']}), torch {about['torch']}, "

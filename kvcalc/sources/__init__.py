@@ -46,7 +46,8 @@ def resolve(
         return local.read(model, cached, kind="hf-cache")
     from kvcalc.sources import hub
 
-    return hub.download(model, revision=revision, hint=_did_you_mean(model))
+    hint = "" if entry else f" It is not in the catalogue.{_did_you_mean(model)}"
+    return hub.download(model, revision=revision, hint=hint)
 
 
 def _check_revision(revision: str, *, is_path: bool) -> None:
@@ -82,5 +83,5 @@ def _no_such_model(model: str) -> str:
 
 
 def _did_you_mean(model: str) -> str:
-    close = [name for name in catalogue.suggestions(model[:100]) if name != model]
+    close = catalogue.suggestions(model[:100])
     return f" Did you mean {' or '.join(close)}?" if close else ""

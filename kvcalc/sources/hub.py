@@ -126,14 +126,10 @@ def _unavailable(
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
-        missing = (
-            f"revision {revision} of {model} is not"
-            if revision
-            else f"{model} is neither in the catalogue nor"
-        )
+        what = f"revision {revision} of {model}" if revision else model
         msg = (
-            f"{missing} in the local Hugging Face cache, and HF_HUB_OFFLINE is set: unset it, or "
-            f"give a config.json file.{hint}"
+            f"{what} is not in the local Hugging Face cache, and HF_HUB_OFFLINE is set: unset it, "
+            f"or give a config.json file.{hint}"
         )
         return HubUnavailableError(msg), False
     status = _status(error)
@@ -174,8 +170,8 @@ def _unreachable(error: Exception, model: str, hint: str) -> tuple[Exception, bo
     if not any(isinstance(link, OSError) or _is_network(link) for link in links):
         return error, False
     msg = (
-        f"{model} is not in the catalogue,{hint or ' and'} the Hub cannot be reached "
-        f"({type(links[-1]).__name__}): go online, or give a config.json file"
+        f"cannot reach the Hub for {model} ({type(links[-1]).__name__}): go online, or give a "
+        f"config.json file.{hint}"
     )
     return HubUnavailableError(msg), True
 

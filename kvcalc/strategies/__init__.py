@@ -43,7 +43,7 @@ class ChosenStrategy(NamedTuple):
     @property
     def module(self) -> str:
         """The package of the strategy; the running cache is its module `cache`."""
-        return f"{__name__}.{self.name.replace('-', '_')}"
+        return _package(self.name)
 
     @property
     def spec(self) -> str:
@@ -61,6 +61,10 @@ class ChosenStrategy(NamedTuple):
 def strategy_names() -> tuple[str, ...]:
     """The strategies there are, by the names users type."""
     return tuple(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+
+
+def _package(name: str) -> str:
+    return f"{__name__}.{name.replace('-', '_')}"
 
 
 def load_strategies(values: Iterable[str]) -> list[ChosenStrategy]:
@@ -84,8 +88,7 @@ def load_strategy(spec: str) -> ChosenStrategy:
     if name not in strategy_names():
         msg = f"unknown strategy {name[:40]!r}; choose {', '.join(strategy_names())}"
         raise InputError(msg)
-    module = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
-    strategy = cast("Strategy", module)
+    strategy = cast("Strategy", importlib.import_module(_package(name)))
     parameters = dict(strategy.PARAMETERS)
     for item in filter(None, rest.split(",")):
         key, _, value = item.partition("=")
@@ -93,7 +96,7 @@ def load_strategy(spec: str) -> ChosenStrategy:
             known = ", ".join(parameters) or "none"
             msg = f"strategy {name} has no parameter {key[:40]!r}; its parameters: {known}"
             raise InputError(msg)
-        if not re.fullmatch(r"\d{1,9}", value):
+        if not re.fullmatch(r"[0-9]{1,9}", value):
             msg = f"strategy {name}: {key} must be a whole number, not {value[:40]!r}"
             raise InputError(msg)
         parameters[key] = int(value)

@@ -9,7 +9,7 @@ from kvcalc import sources
 from kvcalc.errors import InputError, KvcalcError, UnsupportedError
 from kvcalc.families import Architecture, describe
 from kvcalc.origin import Origin
-from kvcalc.sizing import SizeReport, size_architecture
+from kvcalc.sizing import Segment, SizeReport, size_architecture
 from kvcalc.sources import catalogue
 from kvcalc.strategies import load_strategy, strategy_names
 from kvcalc.units import parse_tokens, shown
@@ -55,7 +55,8 @@ def size(
     config itself, or a transformers configuration object; `seq` counts the tokens of each of
     `batch` sequences (`"128k"` is 131,072). `engine` says whose layout is counted (`model`: what
     the architecture must keep), `strategy` how the cache is compressed, `tp` and `pp` over how many
-    ranks it is spread. `encoder_seq` is for models with an encoder, which are refused so far.
+    ranks it is spread. `encoder_seq` is the length of an encoder's output, whose K and V cross
+    attention keeps.
 
     Raises a KvcalcError: InputError and its children for what cannot be read, UnsupportedError
     where no exact size is known.
@@ -88,10 +89,20 @@ def size_point(
         if not isinstance(point.get(name, ""), str):
             msg = f"{name} must be a name, not {shown(point[name])}"
             raise InputError(msg)
+    encoder_tokens = None
     if encoder_seq is not None:
-        msg = f"{origin.requested} is a decoder without cross attention; leave encoder_seq out"
-        raise UnsupportedError(msg)
-    return size_architecture(architecture, origin=origin, seq_tokens=parse_tokens(seq), **point)
+        parts = (part for layer in architecture.layers for part in layer.parts())
+        if not any(part.kind == "cross_attention" for part in parts):
+            msg = f"{origin.requested} is a decoder without cross attention; leave encoder_seq out"
+            raise UnsupportedError(msg)
+        encoder_tokens = parse_tokens(encoder_seq, name="--encoder-seq")
+    return size_architecture(
+        architecture,
+        origin=origin,
+        seq_tokens=parse_tokens(seq),
+        encoder_tokens=encoder_tokens,
+        **point,
+    )
 
 
 def read_model(
@@ -190,10 +201,10 @@ def _sized(config: Mapping[str, Any]) -> dict[str, Any]:
     try:
         architecture = describe(config)
         origin = Origin(requested="", resolved="", kind="catalogue", detail="")
-        report = size_architecture(architecture, origin=origin, seq_tokens=1)
+        report = size_architecture(architecture, origin=origin, seq_tokens=1, encoder_tokens=1)
     except KvcalcError as error:
         return facts | {"refused": str(error)}
-    last = report.segments[-1]
+    last = report.segments[-1] if report.segments else Segment(0, 0, report.bytes_per_token)
     return {
         "family": architecture.family,
         "kv_dtype": report.kv_dtype,

@@ -68,6 +68,9 @@ def size(
     ),
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline stages.")] = 1,
+    encoder_seq: Annotated[
+        str | None, typer.Option(help="Tokens of the encoder's output (T5, Whisper).")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show each formula.")] = False,
     json: Json = False,
@@ -90,6 +93,7 @@ def size(
         strategy=strategy,
         tp=tp,
         pp=pp,
+        encoder_seq=encoder_seq,
     )
     if len(models) == 1 and table.errors and not table.reports:
         raise table.errors[0][1]

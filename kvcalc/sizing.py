@@ -9,11 +9,11 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from kvcalc.config import FieldUse
-from kvcalc.dtypes import PAYLOAD_ONLY, StorageFormat, storage_format
+from kvcalc.dtypes import COMPUTE_DTYPES, PAYLOAD_ONLY, StorageFormat, storage_format
 from kvcalc.engines import Engine, load_engine
 from kvcalc.errors import ConfigError, UnsupportedError
 from kvcalc.families import Architecture
-from kvcalc.layers import Layer
+from kvcalc.layers import Layer, Setting
 from kvcalc.origin import Origin
 from kvcalc.strategies import BASELINE, ChosenStrategy, load_strategy
 from kvcalc.units import MAX_TOKENS, ceil_div, check_count, format_bytes
@@ -153,9 +153,12 @@ def size_architecture(
     strategy: str = BASELINE,
     tp: int = 1,
     pp: int = 1,
+    encoder_tokens: int | None = None,
 ) -> SizeReport:
-    """Size one point. Raises InputError for a value out of range and UnsupportedError where the
-    combination has no exact size.
+    """Size one point; `encoder_tokens` is the length of an encoder's output.
+
+    Raises InputError for a value out of range and UnsupportedError where the combination has no
+    exact size.
     """
     check_count(seq_tokens, name="seq", most=MAX_TOKENS)
     check_count(batch, name="batch", most=MAX_BATCH)
@@ -167,7 +170,8 @@ def size_architecture(
     dtype_use = _dtype(architecture, runtime, chosen, kv_dtype)
     dtype = storage_format(str(dtype_use.value))
     runtime.check_dtype(dtype)
-    stored = _stored_layers(architecture, runtime, chosen, tp=tp, dtype=dtype)
+    setting = Setting(_compute_format(architecture, dtype), encoder_tokens)
+    stored = _stored_layers(architecture, runtime, chosen, setting, tp=tp, dtype=dtype)
     groups = tuple(each.group(seq_tokens, batch) for each in stored)
     total_bytes = sum(group.total_bytes for group in groups)
     unsharded_bytes = sum(each.unsharded_bytes(seq_tokens, batch) for each in stored)
@@ -261,21 +265,34 @@ def _dtype(
     return use
 
 
+def _compute_format(architecture: Architecture, dtype: StorageFormat) -> StorageFormat:
+    """What states are kept in that have no format of their own: the cache's when the model can
+    compute in it, else the model's.
+    """
+    if dtype.name in COMPUTE_DTYPES:
+        return dtype
+    use = architecture.model_dtype
+    if isinstance(use, ConfigError):
+        raise use
+    return storage_format(str(use.value))
+
+
 def _stored_layers(
     architecture: Architecture,
     runtime: Engine,
     chosen: ChosenStrategy,
+    setting: Setting,
     *,
     tp: int,
     dtype: StorageFormat,
 ) -> tuple[_Stored, ...]:
     """Each distinct layer as it is stored, in the order of its first place."""
     places: dict[Layer, list[int]] = {}
-    for index, layer in enumerate(architecture.layers):
+    for index, layer in enumerate(runtime.lay_out(architecture)):
         places.setdefault(layer, []).append(index)
     stored = []
     for layer, indices in places.items():
-        held = chosen.apply(runtime.lay_out(layer))
+        held = chosen.apply(layer.bind(setting))
         stored.append(_Stored(held, held.shard(tp), tuple(indices), tp, dtype))
     return tuple(stored)
 

@@ -41,6 +41,13 @@ CACHE_FIELDS = frozenset(
     num_nextn_predict_layers mtp_num_hidden_layers num_mtp_modules num_mtp_layers
     _num_mtp_layers mtp_transformer_layers cross_attention_layers cross_attention_interval
     text_config llm_config language_config thinker_config quantization_config
+    decoder vlm_config generator H_cycles L_cycles num_layers_per_stack dim_head
+    first_k_dense_replace prefix_dense_sliding_window_pattern layer_group_size
+    short_conv_kernel_size layer_types conv_kernel_size indexer_head_dim ple_layer_ids hc_count
+    ple_conv_kernel_size ngram_size mem_len emb_dim layers attention_heads num_decoder_layers
+    local_layer_ids linear_conv_kernel mamba_d_inner index_kpool
+    num_decoder_attention_heads decoder_ffn_dim use_dsa swa_kv_lora_rank swa_qk_nope_head_dim
+    swa_qk_rope_head_dim kv_n_heads prompt_length indexer_n_heads window_size attention_types
     """.split()
 )
 
@@ -58,7 +65,11 @@ WEIGHT_FIELDS = frozenset(
 
 SIZING_FIELDS = CACHE_FIELDS | WEIGHT_FIELDS
 
-NESTED = frozenset({"text_config", "llm_config", "language_config", "thinker_config"})
+NESTED = frozenset(
+    """
+    text_config llm_config language_config thinker_config decoder vlm_config generator
+    """.split()
+)
 QUANTIZATION_FIELDS = frozenset(
     {"quant_method", "quant_algo", "kv_cache_scheme", "kv_cache_quant_algo", "bits"}
 )

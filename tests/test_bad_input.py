@@ -275,7 +275,7 @@ def test_a_kv_cache_scheme_that_is_unknown(complaint, tmp_path, scheme):
 @pytest.mark.parametrize(
     ("name", "changes", "fields"),
     [
-        ("ai21labs/Jamba-v0.1", {}, ["model_type"]),
+        ("RWKV/rwkv-5-world-3b", {}, ["model_type"]),
         (LLAMA, {"sliding_window": 4096}, ["sliding_window"]),
         (LLAMA, {"is_encoder_decoder": True}, ["is_encoder_decoder"]),
         (LLAMA, {"layer_types": ["linear_attention"] * 32}, ["layer_types"]),
@@ -384,13 +384,13 @@ def test_a_command_that_cannot_be(complaint, arguments, said):
 
 def test_bad_models_among_good_ones(capsys):
     """Each bad model gets its own line and the good ones are sized; the gravest status counts."""
-    status = run(["size", LLAMA, "no/such/model", "ai21labs/Jamba-v0.1", "--seq", "4k"])
+    status = run(["size", LLAMA, "no/such/model", "RWKV/rwkv-5-world-3b", "--seq", "4k"])
     out, err = capsys.readouterr()
     assert status == REFUSED
     assert "536,870,912" in out
     assert [line.split(": ")[:2] for line in err.splitlines()] == [
         ["kvcalc", "no/such/model"],
-        ["kvcalc", "ai21labs/Jamba-v0.1"],
+        ["kvcalc", "RWKV/rwkv-5-world-3b"],
     ]
 
 
@@ -511,7 +511,7 @@ def test_a_revision_of_a_catalogued_model(complaint):
 
 def test_a_wrapper_around_an_unknown_decoder(complaint, tmp_path):
     """The refusal names the field that decides: the inner type, not the wrapper's."""
-    config = {"model_type": "llava", "text_config": {"model_type": "mpt"}}
+    config = {"model_type": "llava", "text_config": {"model_type": "reformer"}}
     status, line = complaint("size", written(tmp_path, config))
     assert status == REFUSED
     assert "deciding field: text_config.model_type" in line

@@ -182,7 +182,7 @@ def test_ctrl_c_keeps_the_finished_rows(capsys, monkeypatch, tmp_path):
         (["llama-3-8b", "--layers", "2"], 2, "--weights random"),
         (["--dtype", "int8"], 2, "--dtype"),
         (["llama-3-8b"], 2, "--weights random"),
-        (["jamba-v0.1", "--weights", "random"], 3, "deciding field"),
+        (["rwkv-5-world-3b", "--weights", "random"], 3, "deciding field"),
         (["moonshotai/Kimi-K2-Instruct", "--weights", "random"], 3, "kimi_k2"),
         (["llama-3-8b", "--weights", "random", "--layers", "33"], 2, "from 1 to 32"),
         (["google/gemma-2b-it", "--weights", "random"], 2, "partial"),

@@ -37,8 +37,8 @@ class Engine(Protocol):
         """Raise UnsupportedError for a format that this engine cannot store."""
 
     @staticmethod
-    def lay_out(layer: Layer) -> Layer:
-        """The layer as this engine stores it."""
+    def lay_out(architecture: Architecture) -> tuple[Layer, ...]:
+        """The layers as this engine stores them."""
 
     @staticmethod
     def transients(

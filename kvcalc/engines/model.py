@@ -31,9 +31,9 @@ def check_dtype(dtype: StorageFormat) -> None:
     """Any format is a size."""
 
 
-def lay_out(layer: Layer) -> Layer:
-    """As it is."""
-    return layer
+def lay_out(architecture: Architecture) -> tuple[Layer, ...]:
+    """As they are."""
+    return architecture.layers
 
 
 def transients(

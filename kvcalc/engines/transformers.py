@@ -50,15 +50,15 @@ def refuse(architecture: Architecture, *, tp: int, pp: int) -> None:
     if (tp, pp) != (1, 1):
         msg = "engine transformers is sized on one device; use --engine model for --tp and --pp"
         raise UnsupportedError(msg)
-    if class_defaults(architecture.model_type) is None:
+    known = class_defaults(architecture.model_type)
+    if known is None or not known.in_transformers:
         msg = (
             f"transformers {CHECKED_VERSION} has no model_type {architecture.model_type!r}, and "
             "kvcalc never runs a repository's own code; use --engine model"
         )
         raise UnsupportedError(msg)
-    if any(
-        isinstance(layer, SlidingAttention) and layer.window == 1 for layer in architecture.layers
-    ):
+    parts = [part for layer in architecture.layers for part in layer.parts()]
+    if any(isinstance(part, SlidingAttention) and part.window == 1 for part in parts):
         msg = (
             "transformers never drops tokens of a window of 1 (it slices [-0:]); "
             "deciding field: sliding_window"
@@ -81,22 +81,26 @@ def check_dtype(dtype: StorageFormat) -> None:
         raise UnsupportedError(msg)
 
 
-def lay_out(layer: Layer) -> Layer:
-    """Latents are expanded by versions before 5.15.0; everything else is as it is."""
-    if isinstance(layer, LatentAttention) and _release(version()) < LATENT_SINCE:
-        return layer.expanded()
-    return layer
+def lay_out(architecture: Architecture) -> tuple[Layer, ...]:
+    """What transformers' models keep; versions before 5.15.0 expand latents."""
+    layers = architecture.transformers_layers
+    if _release(version()) >= LATENT_SINCE:
+        return layers
+    return tuple(
+        layer.expanded() if isinstance(layer, LatentAttention) else layer for layer in layers
+    )
 
 
 def transients(
     layers: Sequence[Layer], *, tokens: int, batch: int, dtype: StorageFormat
 ) -> Mapping[str, int]:
     """`after_prefill_bytes`: what stays alive when all `tokens` came in one prefill."""
-    if not any(isinstance(layer, SlidingAttention) for layer in layers):
+    parts = [part for layer in layers for part in layer.parts()]
+    if not any(isinstance(part, SlidingAttention) for part in parts):
         return {}
     return {
         "after_prefill_bytes": sum(
-            _pinned(layer).num_bytes(tokens=tokens, batch=batch, dtype=dtype) for layer in layers
+            _pinned(part).num_bytes(tokens=tokens, batch=batch, dtype=dtype) for part in parts
         )
     }
 

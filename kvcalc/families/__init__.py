@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, cast
 from kvcalc.config import ConfigFields, FieldUse, class_defaults
 from kvcalc.dtypes import COMPUTE_DTYPES, FORMATS, storage_format
 from kvcalc.errors import ConfigError, InputError, UnsupportedError
+from kvcalc.families import encoder
 from kvcalc.families._complications import refuse_unclaimed
 from kvcalc.layers import Layer
 from kvcalc.units import shown
@@ -27,7 +28,11 @@ class Family(Protocol):
 
     @staticmethod
     def layers(config: ConfigFields) -> tuple[Layer, ...]:
-        """One layer for each decoder layer; ConfigError or UnsupportedError when it cannot."""
+        """One layer for each decoder layer; ConfigError or UnsupportedError when it cannot.
+
+        A family whose models transformers lays out otherwise than the architecture requires has a
+        function `transformers_layers` with the same parameter beside it.
+        """
 
 
 class Architecture(NamedTuple):
@@ -35,14 +40,16 @@ class Architecture(NamedTuple):
 
     `model_dtype` is what the config names for the weights, `cache_dtype` what it names for the
     cache (a declared KV quantisation, else the model dtype), each as a FieldUse whose value is a
-    format of `kvcalc.dtypes`, or the error to raise if it is needed. `max_tokens` is the model's
-    own maximum, 0 when the config names none.
+    format of `kvcalc.dtypes`, or the error to raise if it is needed. `layers` is what the
+    architecture must keep, `transformers_layers` what transformers' own models keep. `max_tokens`
+    is the model's own maximum, 0 when the config names none.
     """
 
     model_type: str
     family: str
     family_source: str
     layers: tuple[Layer, ...]
+    transformers_layers: tuple[Layer, ...]
     model_dtype: FieldUse | ConfigError
     cache_dtype: FieldUse | ConfigError
     max_tokens: int
@@ -75,9 +82,17 @@ def describe(config: Mapping[str, Any]) -> Architecture:
     """
     level = decoder_level(config)
     fields = ConfigFields(level.config, model_type=level.model_type, prefix=level.prefix)
-    name, family = families()[level.model_type]
-    refuse_unclaimed(fields, config, understood=family.UNDERSTANDS)
+    found = _family(level.model_type)
+    if found is None:
+        raise UnsupportedError(_unknown_type("model_type", level.model_type, config))
+    name, family = found
     layers = family.layers(fields)
+    stored = getattr(family, "transformers_layers", None)
+    refuse_unclaimed(fields, config, understood=family.UNDERSTANDS | fields.read)
+    if level.crossed:
+        from kvcalc.layers.mixed import with_cross_attention
+
+        layers = tuple(map(with_cross_attention, layers))
     max_tokens = fields.optional_count("max_position_embeddings") or 0
     model_dtype = _model_dtype(config, fields)
     return Architecture(
@@ -85,6 +100,7 @@ def describe(config: Mapping[str, Any]) -> Architecture:
         family=name,
         family_source=family.SOURCE,
         layers=layers,
+        transformers_layers=stored(fields) if stored else layers,
         model_dtype=model_dtype,
         cache_dtype=_declared_cache_dtype(config, fields) or model_dtype,
         max_tokens=max_tokens,
@@ -93,38 +109,85 @@ def describe(config: Mapping[str, Any]) -> Architecture:
     )
 
 
+def _family(model_type: str) -> tuple[str, Family] | None:
+    """The family of a model type, by name and module; None when there is none."""
+    found = families().get(model_type)
+    if found is None and encoder.claims(model_type):
+        return "encoder", cast("Family", encoder)
+    return found
+
+
 class DecoderLevel(NamedTuple):
-    """The part of a config that describes the text decoder, and its path in the file."""
+    """The part of a config that describes the text decoder, and its path in the file.
+
+    `crossed` says that its layers attend to an encoder's output, too.
+    """
 
     config: Mapping[str, Any]
     model_type: str
     prefix: str
+    crossed: bool = False
 
 
-WRAPPERS = frozenset({"gemma3", "kimi_k25", "llava", "mistral3"})
-"""Multimodal types whose cache is that of their text decoder alone."""
+_OWN_NAMES = ("text_config", "llm_config", "language_config", "thinker_config")
+"""Where wrappers that transformers does not know keep their decoder."""
+
+_CROSSED = frozenset({"encoder-decoder", "vision-encoder-decoder", "speech-encoder-decoder"})
+"""Wrappers that join any encoder to any decoder."""
+
+_DEPTH = 4
 
 
 def decoder_level(config: Mapping[str, Any]) -> DecoderLevel:
-    """The decoder's own fields: the config itself, or a wrapper's `text_config`."""
+    """The decoder's own fields: the config itself, or what a wrapper nests, however deep."""
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         found = "no model_type" if model_type is None else f"model_type {shown(model_type)}"
         msg = f"config has {found}; kvcalc reads the config.json of Hugging Face transformers"
         raise ConfigError(msg)
-    if model_type in families():
-        return DecoderLevel(config, model_type, "")
-    text = config.get("text_config")
-    if model_type in WRAPPERS and text is not None:
-        if not isinstance(text, Mapping):
-            msg = f"config field text_config is {shown(text)}, not an object"
-            raise ConfigError(msg)
-        wrapper = class_defaults(model_type)
-        inner_type = text.get("model_type") or (wrapper.text if wrapper else "")
-        if isinstance(inner_type, str) and inner_type in families():
-            return DecoderLevel(text, inner_type, "text_config.")
-        raise UnsupportedError(_unknown_type("text_config.model_type", inner_type, config))
-    raise UnsupportedError(_unknown_type("model_type", model_type, config))
+    level = DecoderLevel(config, model_type, "")
+    crossed = False
+    for _ in range(_DEPTH):
+        if _family(level.model_type):
+            return level._replace(crossed=crossed)
+        crossed = crossed or level.model_type in _CROSSED
+        inner = _inner(level)
+        if inner is None:
+            break
+        level = inner
+    key = f"{level.prefix}model_type"
+    raise UnsupportedError(_unknown_type(key, level.model_type, config))
+
+
+def _inner(level: DecoderLevel) -> DecoderLevel | None:
+    """One level further down; None when nothing is nested."""
+    known = class_defaults(level.model_type)
+    if known and known.decoder:
+        nested = known.decoder
+        value = level.config.get(nested.key)
+        if value is None and "num_hidden_layers" in level.config:
+            value = level.config  # an older, flat config of the same type
+        elif value is None:
+            value = nested.values
+        keys: tuple[str, ...] = (nested.key,)
+    else:
+        keys = tuple(key for key in _OWN_NAMES if level.config.get(key) is not None)
+        nested = None
+        if not keys:
+            return None
+        value = level.config[keys[0]]
+    path = f"{level.prefix}{keys[0]}"
+    if not isinstance(value, Mapping):
+        msg = f"config field {path} is {shown(value)}, not an object"
+        raise ConfigError(msg)
+    if len(keys) > 1:
+        return None
+    inner_type = nested.model_type if nested else ""
+    if value is level.config:
+        return DecoderLevel(value, inner_type, level.prefix)
+    if not (nested and nested.fixed):
+        inner_type = value.get("model_type") or inner_type
+    return DecoderLevel(value, inner_type if isinstance(inner_type, str) else "", f"{path}.")
 
 
 def _unknown_type(key: str, model_type: object, config: Mapping[str, Any]) -> str:

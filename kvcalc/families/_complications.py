@@ -63,8 +63,8 @@ def refuse_unclaimed(
         if key in understood:
             continue
         value = fields.given(key)
-        if value is None and key == "is_encoder_decoder":
-            value = config.get(key)
+        if key == "is_encoder_decoder":  # said of a whole, whose family knows what it joins
+            value = None if fields.prefix else config.get(key)
         if _active(key, value):
             msg = (
                 f"model_type {fields.model_type!r} with {fields.prefix}{key} = {shown(value)} "
@@ -80,4 +80,6 @@ def _active(key: str, value: object) -> bool:
         return any(kind != 1 for kind in value)  # MiniMax: 1 is softmax attention, 0 lightning
     if key in ("sliding_window", "attention_chunk_size"):
         return value is not None and value is not False  # transformers takes a 0 for a window
+    if key == "use_bidirectional_attention" and value == "vision":
+        return False  # among the tokens of an image, all of which are kept
     return value not in _INACTIVE

@@ -1,18 +1,13 @@
 """Head geometry in the standard names, shared by the families that keep K and V for each head."""
 
 from kvcalc.config import MAX_LAYERS, ConfigFields
-from kvcalc.errors import ConfigError
-from kvcalc.layers import Rows
+from kvcalc.errors import ConfigError, UnsupportedError
+from kvcalc.layers import FullAttention, Layer, Rows, SlidingAttention
 
 
 def num_layers(config: ConfigFields) -> int:
-    """Number of decoder layers; a `layer_types` list must have as many entries."""
-    count = config.count("num_hidden_layers", most=MAX_LAYERS)
-    kinds = config.names("layer_types")
-    if kinds is not None and len(kinds) != count:
-        msg = f"config lists {len(kinds)} layer_types for {count} num_hidden_layers"
-        raise ConfigError(msg)
-    return count
+    """Number of decoder layers."""
+    return config.count("num_hidden_layers", most=MAX_LAYERS)
 
 
 def kv_rows(config: ConfigFields) -> Rows:
@@ -33,6 +28,19 @@ def kv_rows(config: ConfigFields) -> Rows:
     return Rows(kv_heads, head_dim, head_dim)
 
 
+def full_attention(config: ConfigFields) -> FullAttention:
+    """A layer that keeps every token, with the standard heads."""
+    heads, key_dim, value_dim = kv_rows(config)
+    return FullAttention(kv_heads=heads, key_dim=key_dim, value_dim=value_dim)
+
+
+def windowed(layer: FullAttention, window: int) -> SlidingAttention:
+    """The same heads over a window."""
+    return SlidingAttention(
+        kv_heads=layer.kv_heads, key_dim=layer.key_dim, value_dim=layer.value_dim, window=window
+    )
+
+
 def width_of_a_head(config: ConfigFields, heads: int) -> int:
     """hidden_size / num_attention_heads; ConfigError when that is no whole number."""
     hidden_size = config.count("hidden_size")
@@ -44,3 +52,32 @@ def width_of_a_head(config: ConfigFields, heads: int) -> int:
         )
         raise ConfigError(msg)
     return width
+
+
+def multi_head(config: ConfigFields) -> FullAttention:
+    """As many KV heads as query heads, each hidden_size / num_attention_heads wide.
+
+    For classes that know neither `num_key_value_heads` nor `head_dim`: UnsupportedError when a
+    config has them and they say otherwise.
+    """
+    heads = config.count("num_attention_heads")
+    head_dim = width_of_a_head(config, heads)
+    if kv_rows(config) != (heads, head_dim, head_dim):
+        msg = (
+            f"model_type {config.model_type!r} has {heads} KV heads of {head_dim}, but its config "
+            "says otherwise; deciding fields: num_key_value_heads, head_dim"
+        )
+        raise UnsupportedError(msg)
+    return FullAttention(kv_heads=heads, key_dim=head_dim, value_dim=head_dim)
+
+
+def repeat(config: ConfigFields, layer: Layer) -> tuple[Layer, ...]:
+    """The same layer, once for each decoder layer; ConfigError when a config lists other than that
+    many `layer_types`.
+    """
+    count = num_layers(config)
+    listed = config.given("layer_types")
+    if isinstance(listed, list) and len(listed) != count:
+        msg = f"config lists {len(listed)} layer_types for {count} num_hidden_layers"
+        raise ConfigError(msg)
+    return (layer,) * count

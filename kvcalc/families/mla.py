@@ -2,35 +2,30 @@
 
 A token keeps one compressed latent (`kv_lora_rank`) and one decoupled rotary key
 (`qk_rope_head_dim`) in each layer, whatever the number of heads; K and V of the heads are
-recomputed from the latent.
+recomputed from the latent. LongCat-Flash has two attentions, and so two caches, in each layer.
 """
 
-from kvcalc.config import ConfigFields
-from kvcalc.errors import UnsupportedError
-from kvcalc.families._heads import num_layers
-from kvcalc.layers import LatentAttention, Layer
+from kvcalc.config import MAX_LAYERS, ConfigFields
+from kvcalc.families._heads import repeat
+from kvcalc.families._latent import latent
+from kvcalc.layers import Layer
 
 SOURCE = "kv_lora_rank + qk_rope_head_dim values a token and layer (arXiv:2405.04434, table 1)"
 
-MODEL_TYPES = frozenset({"deepseek_v2", "deepseek_v3", "glm4_moe_lite", "kimi_k2", "youtu"})
+MODEL_TYPES = frozenset(
+    """
+    axk1 deepseek_v2 deepseek_v3 glm4_moe_lite kimi_k2 longcat_flash minicpm3 mistral4 youtu
+    """.split()
+)
+
+_TWO_ATTENTIONS = frozenset({"longcat_flash"})
 
 UNDERSTANDS = frozenset({"kv_lora_rank"})
 
 
 def layers(config: ConfigFields) -> tuple[Layer, ...]:
-    """The same latent layer, once for each decoder layer."""
-    latent_dim = config.optional_count("kv_lora_rank")
-    if latent_dim is None or config.given("use_mla") is False:
-        msg = (
-            f"model_type {config.model_type!r} with latent attention switched off is not covered; "
-            "deciding fields: kv_lora_rank, use_mla"
-        )
-        raise UnsupportedError(msg)
-    layer = LatentAttention(
-        latent_dim=latent_dim,
-        rope_dim=config.count("qk_rope_head_dim"),
-        num_heads=config.count("num_attention_heads"),
-        nope_dim=config.count("qk_nope_head_dim"),
-        head_value_dim=config.count("v_head_dim"),
-    )
-    return (layer,) * num_layers(config)
+    """The same latent layer, once for each attention."""
+    layer = latent(config)
+    if config.model_type in _TWO_ATTENTIONS:
+        return (layer,) * (2 * config.count("num_layers", most=MAX_LAYERS))
+    return repeat(config, layer)

@@ -6,129 +6,165 @@ by `layer_types` where a config has it, else by a rule of the model type, as in 
 `configuration_*.py` of transformers 5.23.0.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
 from kvcalc.config import ConfigFields
 from kvcalc.errors import ConfigError, UnsupportedError
-from kvcalc.families._heads import kv_rows, num_layers
-from kvcalc.layers import FullAttention, Layer, SlidingAttention
-from kvcalc.units import shown
+from kvcalc.families._heads import full_attention, width_of_a_head, windowed
+from kvcalc.families._kinds import FULL, SLIDING, Rule, all_of, build_layers, every, layer_kinds
+from kvcalc.layers import FullAttention, Layer
 
 SOURCE = "full layers keep every token, window layers min(tokens, window) (arXiv:2310.06825)"
 
-UNDERSTANDS = frozenset({"layer_types", "sliding_window"})
-
-Rule = Callable[[ConfigFields, int], tuple[bool, ...]]
-"""From a config and its number of layers to which of them slide."""
-
-
-def _all_layers(config: ConfigFields, count: int) -> tuple[bool, ...]:
-    """Every layer slides as soon as a window is set; these types have no `layer_types`."""
-    if _listed(config) is not None:
-        msg = (
-            f"model_type {config.model_type!r} slides in all layers or none, but this config has "
-            "layer_types; deciding fields: model_type, layer_types"
-        )
-        raise UnsupportedError(msg)
-    return (config.get("sliding_window") is not None,) * count
+UNDERSTANDS = frozenset(
+    {"layer_types", "sliding_window", "num_attention_heads_per_layer", "per_layer_config"}
+)
+"""Per layer only the query heads of Laguna and Step differ, which no cache keeps."""
 
 
-def _full_every(period: int, *, pattern_field: str = "") -> Rule:
-    """Every `period`-th layer is full, unless `layer_types` or the pattern field says otherwise."""
+def _slide_if(slides: Callable[[int, ConfigFields], bool]) -> Rule:
+    """The layers for which `slides(index, config)` holds, once a window is set."""
 
-    def rule(config: ConfigFields, count: int) -> tuple[bool, ...]:
-        listed = _listed(config)
-        if listed is not None:
-            return listed
-        every = config.optional_count(pattern_field) if pattern_field else None
-        if every is None:
-            every = period
-            config.by_rule("layer_types", f"1 full in {period} layers")
-        return tuple((index + 1) % every != 0 for index in range(count))
+    def rule(config: ConfigFields, count: int) -> Sequence[str]:
+        if config.get("sliding_window") is None:
+            return (FULL,) * count
+        return [SLIDING if slides(index, config) else FULL for index in range(count)]
 
     return rule
 
 
-def _switched(slides: Callable[[int, int], bool]) -> Rule:
-    """Nothing slides unless `use_sliding_window`; then what `layer_types` lists, else
-    `slides(index, max_window_layers)`.
-    """
+def _switched(slides: Callable[[int, ConfigFields], bool]) -> Rule:
+    """Nothing slides unless `use_sliding_window`."""
 
-    def rule(config: ConfigFields, count: int) -> tuple[bool, ...]:
-        listed = _listed(config)
-        if not config.flag("use_sliding_window"):
-            if listed is not None and any(listed):
-                msg = "config lists sliding_attention in layer_types, but use_sliding_window is off"
-                raise ConfigError(msg)
-            return (False,) * count
-        if listed is not None:
-            return listed
-        first = config.get("max_window_layers")
-        if not isinstance(first, int) or isinstance(first, bool) or first < 0:
-            msg = f"config field max_window_layers is {shown(first)}, not a whole number"
-            raise ConfigError(msg)
-        has_window = config.get("sliding_window") is not None
-        return tuple(has_window and slides(index, first) for index in range(count))
+    def rule(config: ConfigFields, count: int) -> Sequence[str]:
+        on = config.flag("use_sliding_window")
+        return _slide_if(slides)(config, count) if on else (FULL,) * count
 
     return rule
 
 
-def _switched_all(config: ConfigFields, count: int) -> tuple[bool, ...]:
-    """All layers slide when `use_sliding_window` is on; the class has no `max_window_layers`."""
-    slides = _all_layers(config, count)
-    return slides if config.flag("use_sliding_window") else (False,) * count
+def _from_max_window_layers(index: int, config: ConfigFields) -> bool:
+    return index >= config.number("max_window_layers")
 
 
-def _listed(config: ConfigFields) -> tuple[bool, ...] | None:
-    kinds = config.names("layer_types")
-    if kinds is None:
-        return None
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
-    if unknown:
-        msg = (
-            f"model_type {config.model_type!r} with layers of kind {shown(unknown[0])} is not "
-            "covered; deciding field: layer_types"
-        )
-        raise UnsupportedError(msg)
-    return tuple(kind == "sliding_attention" for kind in kinds)
+def _even_below_max_window_layers(index: int, config: ConfigFields) -> bool:
+    return index % 2 == 0 and index < config.number("max_window_layers")
 
+
+def _without_rope(index: int, config: ConfigFields) -> bool:
+    with_rope = config.numbers("no_rope_layers")
+    if with_rope is not None:
+        return index < len(with_rope) and not with_rope[index]
+    return (index + 1) % config.count("no_rope_layer_interval") == 0
+
+
+def _lettered(config: ConfigFields, count: int) -> Sequence[str]:
+    """`sliding_window_pattern` is a period, or its letters: L local, G global (EXAONE)."""
+    pattern = config.get("sliding_window_pattern")
+    if config.get("sliding_window") is None:
+        return (FULL,) * count
+    if not isinstance(pattern, str):
+        return every(config.count("sliding_window_pattern"))(config, count)
+    if not pattern or set(pattern) - set("LG"):
+        raise config.wrong("sliding_window_pattern", pattern, "a period or letters L and G")
+    return [SLIDING if pattern[index % len(pattern)] == "L" else FULL for index in range(count)]
+
+
+def _from_the_last(config: ConfigFields, count: int) -> Sequence[str]:
+    """Every fourth layer is full, counted backward from the last (Muse)."""
+    del config
+    return [FULL if (count - 1 - index) % 4 == 0 else SLIDING for index in range(count)]
+
+
+def _dense_first(config: ConfigFields, count: int) -> Sequence[str]:
+    """The first dense layers follow a pattern of their own (Cohere 2 MoE)."""
+    first = min(config.number("first_k_dense_replace"), count)
+    prefix = config.optional_count("prefix_dense_sliding_window_pattern") or 1
+    period = config.count("sliding_window_pattern")
+    return [FULL if (index + 1) % prefix == 0 else SLIDING for index in range(first)] + [
+        FULL if (index + 1) % period == 0 else SLIDING for index in range(count - first)
+    ]
+
+
+_ALWAYS = _slide_if(lambda _index, _config: True)
 
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
-        "mistral": _all_layers,
-        "mixtral": _all_layers,
-        "ministral3": _all_layers,
-        "phi3": _all_layers,
-        "phimoe": _all_layers,
-        "starcoder2": _all_layers,
-        "gemma2": _full_every(2),
-        "gpt_oss": _full_every(2),
-        "olmo3": _full_every(4),
-        "cohere2": _full_every(4, pattern_field="sliding_window_pattern"),
-        "gemma3_text": _full_every(6, pattern_field="sliding_window_pattern"),
-        "qwen2": _switched(lambda index, first: index >= first),
-        "qwen3": _switched(lambda index, first: index >= first),
-        "qwen2_moe": _switched(lambda index, first: index % 2 == 0 and index < first),
-        "qwen3_moe": _switched_all,
+        **dict.fromkeys(
+            "doge mistral mixtral moshi ministral3 phi3 phi4_multimodal phimoe starcoder2".split(),
+            _ALWAYS,
+        ),
+        **dict.fromkeys(["ministral", "voxtral_realtime_text"], _ALWAYS),
+        **dict.fromkeys(["cohere_compass_text", "laguna", "mellum", "step3p5"], all_of(FULL)),
+        **dict.fromkeys(["gemma2", "gpt_oss", "vaultgemma"], every(2)),
+        **dict.fromkeys(["exaone4", "exaone_moe"], _lettered),
+        **dict.fromkeys(["granite_swa", "granitemoe_swa", "cwm"], every(4, at=0)),
+        **dict.fromkeys(["muse_glimmer_text", "muse_spark_text"], _from_the_last),
+        **dict.fromkeys(["dots1", "qwen3_omni_moe_text"], _slide_if(_from_max_window_layers)),
+        **dict.fromkeys(
+            """
+            deepseek_ocr2_text qwen2 qwen2_5_omni_text qwen2_5_vl_text qwen2_vl_text qwen3
+            """.split(),
+            _switched(_from_max_window_layers),
+        ),
+        "afmoe": every(4, field="global_attn_every_n_layers"),
+        "beam": every(6, always=lambda index, count: index == count - 1),
+        "cohere2": every(4, field="sliding_window_pattern"),
+        "cohere2_moe": _dense_first,
+        "flint": every(4, at=1, always=lambda index, count: index < 2 or index == count - 1),
+        "gemma3_text": every(6, field="sliding_window_pattern"),
+        "kolibri1": every(5),
+        "olmo3": every(4),
+        "qwen2_moe": _switched(_even_below_max_window_layers),
+        "qwen3_moe": _switched(lambda _index, _config: True),
+        "qwen3_vl_moe_text": all_of(FULL),
+        "smollm3": _switched(_without_rope),
     }
 )
 
 MODEL_TYPES = frozenset(RULES)
 
+SWITCHED = frozenset(
+    """
+    deepseek_ocr2_text qwen2 qwen2_5_omni_text qwen2_5_vl_text qwen2_moe qwen2_vl_text qwen3
+    """.split()
+)
+"""Types whose classes forget the window unless `use_sliding_window` is on."""
+
+UNLISTED = frozenset(
+    "doge mistral mixtral moshi ministral3 phi3 phi4_multimodal phimoe starcoder2 qwen3_moe "
+    "qwen3_vl_moe_text voxtral_realtime_text".split()
+)
+"""Types whose classes know no `layer_types`: all layers slide or none."""
+
+
+HIDDEN_PER_HEAD = frozenset({"deepseek_ocr2_text"})
+"""Types whose heads are hidden_size / num_attention_heads wide, whatever `head_dim` says."""
+
 
 def layers(config: ConfigFields) -> tuple[Layer, ...]:
     """A window layer or a full layer in each place, with the same heads."""
-    count = num_layers(config)
-    slides = RULES[config.model_type](config, count)
-    heads, key_dim, value_dim = kv_rows(config)
-    full = FullAttention(kv_heads=heads, key_dim=key_dim, value_dim=value_dim)
-    if not any(slides):
-        return (full,) * count
-    window = SlidingAttention(
-        kv_heads=heads,
-        key_dim=key_dim,
-        value_dim=value_dim,
-        window=config.count("sliding_window"),
+    listed = config.given("layer_types")
+    if listed is not None and config.model_type in UNLISTED:
+        msg = (
+            f"model_type {config.model_type!r} slides in all layers or none, but this config has "
+            "layer_types; deciding fields: model_type, layer_types"
+        )
+        raise UnsupportedError(msg)
+    kinds = layer_kinds(config, RULES[config.model_type])
+    if SLIDING in kinds and config.model_type in SWITCHED and not config.flag("use_sliding_window"):
+        msg = "config lists sliding_attention in layer_types, but use_sliding_window is off"
+        raise ConfigError(msg)
+    full = full_attention(config)
+    if config.model_type in HIDDEN_PER_HEAD:
+        width = width_of_a_head(config, config.count("num_attention_heads"))
+        full = FullAttention(kv_heads=full.kv_heads, key_dim=width, value_dim=width)
+    return build_layers(
+        config,
+        kinds,
+        {
+            FULL: lambda: full,
+            SLIDING: lambda: windowed(full, config.count("sliding_window")),
+        },
     )
-    return tuple(window if slide else full for slide in slides)

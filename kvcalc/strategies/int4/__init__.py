@@ -11,7 +11,7 @@ from typing import ClassVar, Self
 
 from kvcalc.dtypes import COMPUTE_DTYPES, StorageFormat
 from kvcalc.errors import InputError, UnsupportedError
-from kvcalc.layers import FullAttention, LatentAttention, Layer, SlidingAttention
+from kvcalc.layers import FullAttention, LatentAttention, Layer, PlainLayer, SlidingAttention
 
 SUMMARY = "packed 4-bit keys (per channel) and values (per token) with a full-precision tail"
 SOURCE = "KIVI, arXiv:2402.02750, section 3"
@@ -27,7 +27,7 @@ def packed_tokens(tokens: int, *, group: int, residual: int) -> int:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedLayer:
+class PackedLayer(PlainLayer):
     """Rows packed to 4 bits in groups, each with a scale and a minimum in the model's dtype.
 
     A key group is `group` tokens of one channel, a value group `group` channels of one token.

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from kvcalc.dtypes import StorageFormat
-from kvcalc.layers import Layer
+from kvcalc.errors import UnsupportedError
+from kvcalc.layers import FullAttention, LatentAttention, Layer, PlainLayer, SlidingAttention
 
 SUMMARY = "allocated once at full length and written in place (prompt + generated tokens)"
 SOURCE = "transformers StaticCache"
-WORKS_ON = "every model that is sized"
+WORKS_ON = "full-attention, window and latent layers"
 PARAMETERS: Mapping[str, int] = {}
 
 COUNTER_BYTES = 8
@@ -17,7 +18,7 @@ COUNTER_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PreallocatedLayer:
+class PreallocatedLayer(PlainLayer):
     """A layer's storage for a whole sequence, allocated before its tokens arrive.
 
     For `tokens` tokens it is the storage of a cache whose capacity is exactly `tokens`.
@@ -50,4 +51,7 @@ class PreallocatedLayer:
 def apply(layer: Layer, parameters: Mapping[str, int]) -> Layer:
     """The same rows, all of them allocated at once."""
     del parameters
+    if not isinstance(layer, FullAttention | SlidingAttention | LatentAttention):
+        msg = f"static does not cover layers of kind {layer.kind}"
+        raise UnsupportedError(msg)
     return PreallocatedLayer(layer=layer)

@@ -3,6 +3,9 @@
 A layer counts what the architecture must keep. Engines and strategies turn a layer into another
 layer; they never change how one counts. Shapes are those of one sequence: K is
 [kv_heads, tokens, key_dim] and V is [kv_heads, tokens, value_dim].
+
+The layers of most models stand here; what fewer models keep (recurrent states, cross attention,
+index keys, compressed tokens) stands in the modules beside, which only their families import.
 """
 
 from dataclasses import dataclass, replace
@@ -20,10 +23,29 @@ class Rows(NamedTuple):
     value_dim: int
 
 
+class Setting(NamedTuple):
+    """What a layer must be told besides the length of the sequence.
+
+    `compute` is the format that states are kept in which no `--kv-dtype` quantises;
+    `encoder_tokens` the length of the encoder's output, None when nobody gave it.
+    """
+
+    compute: StorageFormat
+    encoder_tokens: int | None
+
+
 class Layer(Protocol):
     """One layer's share of the cache."""
 
-    kind: ClassVar[str]
+    @property
+    def kind(self) -> str:
+        """What sort of layer it is, in the words of transformers' `layer_types`."""
+
+    def bind(self, setting: Setting) -> "Layer":
+        """The layer under this setting; InputError when it needs one that is not given."""
+
+    def parts(self) -> "tuple[Layer, ...]":
+        """The simple layers it is made of."""
 
     def num_bytes(self, *, tokens: int, batch: int, dtype: StorageFormat) -> int:
         """Bytes kept for `batch` sequences of `tokens` tokens each."""
@@ -41,7 +63,22 @@ class Layer(Protocol):
         """The byte count of one sequence with its numbers in it."""
 
 
-class TokenLayer:
+class PlainLayer:
+    """Base of layers that have no parts and need no setting."""
+
+    __slots__ = ()
+
+    def bind(self, setting: Setting) -> Self:
+        """As it is."""
+        del setting
+        return self
+
+    def parts(self) -> tuple[Self, ...]:
+        """The layer is its own only part."""
+        return (self,)
+
+
+class TokenLayer(PlainLayer):
     """Base of layers that keep rows of K and V for each token kept."""
 
     __slots__ = ()
@@ -70,7 +107,8 @@ class TokenLayer:
     def keeps(self) -> str:
         """Heads and widths."""
         heads, key_dim, value_dim = self.rows()
-        return f"{heads} KV head{'s' * (heads > 1)} × ({key_dim} K + {value_dim} V)"
+        widths = f"({key_dim} K + {value_dim} V)" if value_dim else f"{key_dim} (K = V)"
+        return f"{heads} KV head{'s' * (heads > 1)} × {widths}"
 
     def tokens_formula(self, tokens: int) -> str:
         """The token factor of `formula`."""
@@ -82,22 +120,26 @@ class TokenLayer:
         return f"{self.keeps()} × {element} B × {self.tokens_formula(tokens)}"
 
 
-class _HeadsLayer(TokenLayer):
+class HeadsLayer(TokenLayer):
+    """Base of layers that keep K and V of KV heads, which tensor parallelism splits."""
+
     __slots__ = ()
     kv_heads: int
     key_dim: int
     value_dim: int
 
     def rows(self) -> Rows:
+        """Heads and widths."""
         return Rows(self.kv_heads, self.key_dim, self.value_dim)
 
     def shard(self, tp: int) -> Self:
-        heads = _heads_per_rank(self.kv_heads, tp)
+        """Some of the heads."""
+        heads = per_rank(self.kv_heads, tp, what="KV heads")
         return replace(self, kv_heads=heads)  # type: ignore[type-var] # subclasses are dataclasses
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FullAttention(_HeadsLayer):
+class FullAttention(HeadsLayer):
     """Softmax attention over the whole sequence (MHA, GQA, MQA): every token is kept."""
 
     kind: ClassVar[str] = "full_attention"
@@ -107,7 +149,7 @@ class FullAttention(_HeadsLayer):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SlidingAttention(_HeadsLayer):
+class SlidingAttention(HeadsLayer):
     """Attention over the last `window` tokens, the new one among them.
 
     With window 4, token 5 attends to [2 3 4 5]: min(tokens, window) rows must be kept.
@@ -130,6 +172,16 @@ class SlidingAttention(_HeadsLayer):
     def tokens_formula(self, tokens: int) -> str:
         """The minimum, spelled out."""
         return f"min({tokens:,}, window {self.window:,}) tokens"
+
+
+class ChunkedAttention(SlidingAttention):
+    """Attention within chunks of `window` tokens; never more than a whole chunk must be kept.
+
+    A runtime that keeps a sliding cache for it keeps min(tokens, chunk) rows.
+    """
+
+    __slots__ = ()
+    kind: ClassVar[str] = "chunked_attention"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,14 +221,17 @@ class LatentAttention(TokenLayer):
         )
 
 
-def _heads_per_rank(kv_heads: int, tp: int) -> int:
-    """KV heads of one rank: split evenly, or replicated when there are fewer heads than ranks."""
-    if kv_heads % tp == 0:
-        return kv_heads // tp
-    if tp % kv_heads == 0:
+def per_rank(count: int, tp: int, *, what: str) -> int:
+    """Heads (or groups) of one rank: split evenly, or replicated when there are fewer than ranks.
+
+    Raises UnsupportedError when neither is possible.
+    """
+    if count % tp == 0:
+        return count // tp
+    if tp % count == 0:
         return 1
     msg = (
-        f"{kv_heads} KV heads can be neither split evenly over --tp {tp} nor replicated; "
-        f"use a tp that divides {kv_heads} or is a multiple of it"
+        f"{count} {what} can be neither split evenly over --tp {tp} nor replicated; "
+        f"use a tp that divides {count} or is a multiple of it"
     )
     raise UnsupportedError(msg)

@@ -45,8 +45,10 @@ def is_plain(config):
     """Whether transformers has the decoder's class, it lies at the top or in `text_config`, and its
     layers are plain, window or latent attention.
     """
+    known = class_defaults(decoder_type(config))
     return (
-        class_defaults(decoder_type(config)) is not None
+        known is not None
+        and known.in_transformers
         and decoder_level(config).prefix in ("", "text_config.")
         and (decoder_level(config).prefix or config["model_type"] == decoder_type(config))
         and describe(config).family in ("full", "mha", "sliding", "mla")

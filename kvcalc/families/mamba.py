@@ -35,14 +35,14 @@ def _layers(config: ConfigFields, *, extra_columns: int) -> tuple[Layer, ...]:
     if config.model_type != "mamba2":
         states = mamba1(inner=inner, state_size=state_size, columns=columns)
         return repeat(config, state_layer(states))
-    if config.given("ssm_cfg") is not None and config.given("head_dim") is None:
+    if config.given("ssm_cfg") is not None:
         msg = (
             "a Mamba-2 config in the format of mamba_ssm leaves its heads and groups to that "
-            "library's defaults; deciding fields: ssm_cfg, head_dim"
+            "library's defaults; deciding field: ssm_cfg"
         )
         raise UnsupportedError(msg)
     head_dim = config.count("head_dim")
-    if config.given("num_heads") is None and config.given("head_dim") is not None:
+    if config.given("num_heads") is None:
         heads = inner // head_dim
         config.by_rule("num_heads", heads)
     else:

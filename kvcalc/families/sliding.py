@@ -92,7 +92,8 @@ _ALWAYS = _slide_if(lambda _index, _config: True)
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
         **dict.fromkeys(
-            "doge mistral mixtral moshi ministral3 phi3 phi4_multimodal phimoe starcoder2".split(),
+            "doge mistral mixtral moshi ministral3 phi3 phi3_v phi4_multimodal phimoe "
+            "starcoder2".split(),
             _ALWAYS,
         ),
         **dict.fromkeys(["ministral", "voxtral_realtime_text"], _ALWAYS),
@@ -104,7 +105,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys(["dots1", "qwen3_omni_moe_text"], _slide_if(_from_max_window_layers)),
         **dict.fromkeys(
             """
-            deepseek_ocr2_text qwen2 qwen2_5_omni_text qwen2_5_vl_text qwen2_vl_text qwen3
+            deepseek_ocr2_text mimo qwen2 qwen2_5_omni_text qwen2_5_vl_text qwen2_vl_text qwen3
             """.split(),
             _switched(_from_max_window_layers),
         ),

@@ -1,0 +1,69 @@
+"""Models whose code lies in their own repository, but whose attention is plain: ChatGLM, Baichuan,
+InternLM, Qwen 1, MiniCPM, OpenELM, Nemotron-NAS and others.
+
+Their code is never run. `profiles/repository_classes.jsonl` says what its configuration class is
+called, which of its fields have other names than the standard ones, and what it fills in; each
+entry names the file of the repository. Every token keeps K and V of each KV head.
+"""
+
+from dataclasses import replace
+
+from kvcalc.config import ConfigFields
+from kvcalc.families._heads import full_attention, num_layers, repeat, width_of_a_head
+from kvcalc.layers import FullAttention, Layer
+from kvcalc.layers.mixed import NoCache
+
+SOURCE = "K and V of every token and KV head, in the fields of the repository's own class"
+
+MODEL_TYPES = frozenset(
+    """
+    baichuan bailing_moe chatglm deepseek exaone internlm internlm2 minicpm nemotron-nas openelm
+    orion phi-msft qwen xverse
+    """.split()
+)
+
+UNDERSTANDS = frozenset({"multi_query_attention", "block_configs"})
+
+
+def layers(config: ConfigFields) -> tuple[Layer, ...]:
+    """The same layer everywhere, unless the type says its heads layer by layer."""
+    if config.model_type == "openelm":
+        return _openelm(config)
+    if config.model_type == "nemotron-nas":
+        return _searched(config)
+    layer = full_attention(config)
+    if config.model_type == "chatglm" and not config.flag("multi_query_attention"):
+        layer = replace(layer, kv_heads=config.count("num_attention_heads"))
+    return repeat(config, layer)
+
+
+def _openelm(config: ConfigFields) -> tuple[Layer, ...]:
+    """OpenELM (arXiv:2404.14619, section 2.1) scales its heads from layer to layer."""
+    heads = config.numbers("num_kv_heads")
+    width = config.count("head_dim")
+    stated = config.optional_count("num_hidden_layers")
+    if not heads or not all(heads) or (stated or len(heads)) != len(heads):
+        raise config.wrong("num_kv_heads", heads, "a list of KV heads, one for each layer")
+    return tuple(FullAttention(kv_heads=one, key_dim=width, value_dim=width) for one in heads)
+
+
+def _searched(config: ConfigFields) -> tuple[Layer, ...]:
+    """Puzzle (arXiv:2411.19146, section 2): each block has its own group size, or no attention."""
+    blocks = config.get("block_configs")
+    count, heads = num_layers(config), config.count("num_attention_heads")
+    if not isinstance(blocks, list) or len(blocks) != count:
+        raise config.wrong("block_configs", blocks, f"a list of {count} blocks")
+    width = config.optional_count("head_dim") or width_of_a_head(config, heads)
+    built: list[Layer] = []
+    for block in blocks:
+        attention = block.get("attention") if isinstance(block, dict) else None
+        if not isinstance(attention, dict):
+            raise config.wrong("block_configs", block, "a block with attention")
+        if attention.get("no_op") is True or attention.get("replace_with_linear") is True:
+            built.append(NoCache(reason="no attention in this block"))
+            continue
+        size = attention.get("n_heads_in_group")
+        if type(size) is not int or size < 1 or heads % size:
+            raise config.wrong("n_heads_in_group", size, f"a divisor of {heads} heads")
+        built.append(FullAttention(kv_heads=heads // size, key_dim=width, value_dim=width))
+    return tuple(built)

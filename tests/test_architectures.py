@@ -1,0 +1,129 @@
+"""Hard models at one point each, and the forms in which one model may be given."""
+
+import json
+
+import pytest
+
+import kvcalc
+from kvcalc.config import class_defaults
+from kvcalc.families import decoder_level
+from kvcalc.sources import catalogue
+from kvcalc.units import GIB
+
+T5_3B = {
+    "model_type": "t5",
+    "architectures": ["T5ForConditionalGeneration"],
+    "d_kv": 128,
+    "d_model": 1024,
+    "num_heads": 32,
+    "num_layers": 24,
+    "torch_dtype": "bfloat16",
+}
+WHISPER_LARGE_V3 = {
+    "model_type": "whisper",
+    "architectures": ["WhisperForConditionalGeneration"],
+    "d_model": 1280,
+    "decoder_attention_heads": 20,
+    "decoder_layers": 32,
+    "max_source_positions": 1500,
+    "torch_dtype": "float16",
+}
+
+HARD = [
+    ("deepseek-ai/DeepSeek-V3", 131_072, {}, 8.578),
+    ("deepseek-ai/DeepSeek-V3.2", 131_072, {}, 9.561),
+    ("deepseek-ai/DeepSeek-V3.2", 131_072, {"engine": "transformers"}, 10.484),
+    ("google/gemma-3-27b-it", 131_072, {}, 10.406),
+    ("openai/gpt-oss-20b", 131_072, {}, 3.003),
+    ("mistralai/Mistral-7B-v0.1", 32_768, {}, 0.500),
+    ("Qwen/Qwen3-Next-80B-A3B-Instruct", 131_072, {}, 3.072),
+    ("Qwen/Qwen3.5-27B", 131_072, {}, 8.143),
+    ("ai21labs/Jamba-v0.1", 131_072, {}, 2.015),
+    ("nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", 131_072, {}, 0.796),
+    ("google/gemma-4-26B-A4B", 131_072, {}, 2.695),
+    ("google/gemma-3n-E4B-it", 32_768, {}, 0.266),
+    ("meta-llama/Llama-4-Scout-17B-16E-Instruct", 131_072, {}, 7.125),
+    (T5_3B, 512, {"encoder_seq": 512}, 0.375),
+    (WHISPER_LARGE_V3, 448, {}, 0.297),
+]
+
+
+@pytest.mark.parametrize(("model", "seq", "point", "gib"), HARD)
+def test_hard_models_are_right(model, seq, point, gib):
+    """Models that other tools get wrong have their known sizes, to a thousandth of a GiB.
+
+    Jamba's states (28 layers of 8,192 × 16 in float32 and 8,192 × 3) are 0.015 of its 2.015.
+    """
+    assert kvcalc.size(model, seq=seq, **point).total_bytes / GIB == pytest.approx(gib, abs=5e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "bytes_per_token"),
+    [
+        ("THUDM/chatglm3-6b", 28 * 2 * (128 + 128) * 2),
+        ("Qwen/Qwen-7B", 32 * 32 * (128 + 128) * 2),
+        ("microsoft/phi-2", 32 * 32 * (80 + 80) * 2),
+        ("internlm/internlm2_5-7b-chat", 32 * 8 * (128 + 128) * 2),
+        ("apple/OpenELM-1_1B-Instruct", 169 * (64 + 64) * 2),
+    ],
+)
+def test_repository_classes_are_read_from_their_fields(model, bytes_per_token):
+    """Types whose code lies in a repository are sized without it; heads by hand from the config."""
+    assert kvcalc.size(model, seq=1, kv_dtype="bf16").total_bytes == bytes_per_token
+
+
+def test_an_encoder_keeps_no_cache():
+    """A model that does not generate has zero bytes; as a decoder it has the usual ones."""
+    bert = {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+    assert kvcalc.size(bert, seq=512).total_bytes == 0
+    assert kvcalc.size({"model_type": "albert"}, seq=512).total_bytes == 0
+    decoder = kvcalc.size(bert | {"is_decoder": True}, seq=512, kv_dtype="bf16")
+    assert decoder.total_bytes == 12 * 512 * 2 * 768 * 2
+
+
+def test_an_encoder_length_is_asked_for():
+    """An encoder–decoder is not sized with a guessed length, nor a decoder with one it ignores."""
+    with pytest.raises(kvcalc.InputError, match="--encoder-seq"):
+        kvcalc.size(T5_3B, seq=512)
+    with pytest.raises(kvcalc.UnsupportedError, match="encoder_seq"):
+        kvcalc.size("gpt2", seq=512, encoder_seq=512)
+
+
+def stripped(config, model_type):
+    """The config without the fields whose value its class would fill in anyway."""
+    known = class_defaults(model_type)
+    defaults = known.values if known else {}
+    return {
+        key: value
+        for key, value in config.items()
+        if key == "model_type" or key not in defaults or defaults[key] != value
+    }
+
+
+@pytest.mark.parametrize("name", catalogue.names())
+def test_every_form_of_a_config_is_one_model(name, tmp_path):
+    """By name, as a file, nested in a wrapper, without what its class fills in: the same bytes."""
+    config = dict(catalogue.find(name).config)
+    try:
+        level = decoder_level(config)
+        encoder_seq = 512 if kvcalc.size(name, seq=1, encoder_seq=512) else None
+    except kvcalc.UnsupportedError as error:
+        if "without cross attention" not in str(error):
+            pytest.skip("refused")
+        encoder_seq = None
+    point = {"seq": 100_000, "encoder_seq": encoder_seq, "kv_dtype": "bf16"}
+    layers = kvcalc.size(name, **point).layers
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config))
+    forms = [path]
+    decoder = dict(level.config) | {"model_type": level.model_type}
+    if config.get("architectures"):
+        decoder["architectures"] = config["architectures"]
+    wrapper = {"model_type": "some_wrapper", "text_config": decoder}
+    forms += [
+        wrapper,
+        {"model_type": "some_omni", "thinker_config": wrapper},
+        stripped(decoder, level.model_type),
+    ]
+    for form in forms:
+        assert kvcalc.size(form, **point).layers == layers

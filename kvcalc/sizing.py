@@ -287,11 +287,20 @@ def _stored_layers(
     dtype: StorageFormat,
 ) -> tuple[_Stored, ...]:
     """Each distinct layer as it is stored, in the order of its first place."""
-    places: dict[Layer, list[int]] = {}
+    # Families repeat one object: telling objects apart first spares comparing every layer.
+    objects: dict[int, tuple[Layer, list[int]]] = {}
     for index, layer in enumerate(runtime.lay_out(architecture)):
-        places.setdefault(layer, []).append(index)
+        found = objects.get(id(layer))
+        if found is None:
+            objects[id(layer)] = (layer, [index])
+        else:
+            found[1].append(index)
+    places: dict[Layer, list[int]] = {}
+    for layer, indices in objects.values():
+        places.setdefault(layer, []).extend(indices)
     stored = []
     for layer, indices in places.items():
+        indices.sort()
         held = chosen.apply(layer.bind(setting))
         stored.append(_Stored(held, held.shard(tp), tuple(indices), tp, dtype))
     return tuple(stored)

@@ -48,6 +48,7 @@ def size(
     tp: int = 1,
     pp: int = 1,
     encoder_seq: int | str | None = None,
+    mtp: int = 0,
 ) -> SizeReport:
     """The exact size of a model's KV cache.
 
@@ -56,7 +57,7 @@ def size(
     `batch` sequences (`"128k"` is 131,072). `engine` says whose layout is counted (`model`: what
     the architecture must keep), `strategy` how the cache is compressed, `tp` and `pp` over how many
     ranks it is spread. `encoder_seq` is the length of an encoder's output, whose K and V cross
-    attention keeps.
+    attention keeps; `mtp` counts that many multi-token-prediction layers.
 
     Raises a KvcalcError: InputError and its children for what cannot be read, UnsupportedError
     where no exact size is known.
@@ -73,6 +74,7 @@ def size(
         tp=tp,
         pp=pp,
         encoder_seq=encoder_seq,
+        mtp=mtp,
     )
 
 

@@ -71,6 +71,7 @@ def size(
     encoder_seq: Annotated[
         str | None, typer.Option(help="Tokens of the encoder's output (T5, Whisper).")
     ] = None,
+    mtp: Annotated[int, typer.Option(help="Prediction (MTP) layers to count.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Show each formula.")] = False,
     json: Json = False,
@@ -94,6 +95,7 @@ def size(
         tp=tp,
         pp=pp,
         encoder_seq=encoder_seq,
+        mtp=mtp,
     )
     if len(models) == 1 and table.errors and not table.reports:
         raise table.errors[0][1]

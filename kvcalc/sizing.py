@@ -3,7 +3,7 @@
 Everything is integer addition over the layers; no I/O. The result keeps what it was made of.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -154,8 +154,10 @@ def size_architecture(
     tp: int = 1,
     pp: int = 1,
     encoder_tokens: int | None = None,
+    mtp: int = 0,
 ) -> SizeReport:
-    """Size one point; `encoder_tokens` is the length of an encoder's output.
+    """Size one point; `encoder_tokens` is the length of an encoder's output, `mtp` the number of
+    multi-token-prediction layers that are counted.
 
     Raises InputError for a value out of range and UnsupportedError where the combination has no
     exact size.
@@ -171,7 +173,8 @@ def size_architecture(
     dtype = storage_format(str(dtype_use.value))
     runtime.check_dtype(dtype)
     setting = Setting(_compute_format(architecture, dtype), encoder_tokens)
-    stored = _stored_layers(architecture, runtime, chosen, setting, tp=tp, dtype=dtype)
+    layers = runtime.lay_out(architecture) + _prediction_layers(architecture, engine, mtp)
+    stored = _stored_layers(layers, chosen, setting, tp=tp, dtype=dtype)
     groups = tuple(each.group(seq_tokens, batch) for each in stored)
     total_bytes = sum(group.total_bytes for group in groups)
     unsharded_bytes = sum(each.unsharded_bytes(seq_tokens, batch) for each in stored)
@@ -207,7 +210,7 @@ def size_architecture(
         fields=architecture.fields,
         notes=(
             *origin.notes,
-            *architecture.notes,
+            *_prediction_note(architecture, mtp),
             *_notes(architecture, seq_tokens=seq_tokens, pp=pp, dtype=dtype),
             *_replication_note(total_bytes - unsharded_bytes),
         ),
@@ -265,6 +268,27 @@ def _dtype(
     return use
 
 
+def _prediction_layers(architecture: Architecture, engine: str, mtp: int) -> tuple[Layer, ...]:
+    """The prediction layers that are to be counted."""
+    if mtp == 0:
+        return ()
+    check_count(mtp, name="mtp", most=MAX_RANKS)
+    if engine == "transformers":
+        msg = (
+            "transformers' models keep no cache for prediction layers; use --engine model for --mtp"
+        )
+        raise UnsupportedError(msg)
+    return architecture.prediction.layers(mtp, architecture.model_type)
+
+
+def _prediction_note(architecture: Architecture, mtp: int) -> Iterator[str]:
+    field, declared, _ = architecture.prediction
+    if mtp:
+        yield f"multi-token prediction counted: {mtp} of {declared} layers ({field})"
+    elif declared:
+        yield f"multi-token prediction not counted ({field}={declared})"
+
+
 def _compute_format(architecture: Architecture, dtype: StorageFormat) -> StorageFormat:
     """What states are kept in that have no format of their own: the cache's when the model can
     compute in it, else the model's.
@@ -278,8 +302,7 @@ def _compute_format(architecture: Architecture, dtype: StorageFormat) -> Storage
 
 
 def _stored_layers(
-    architecture: Architecture,
-    runtime: Engine,
+    layers: Sequence[Layer],
     chosen: ChosenStrategy,
     setting: Setting,
     *,
@@ -289,7 +312,7 @@ def _stored_layers(
     """Each distinct layer as it is stored, in the order of its first place."""
     # Families repeat one object: telling objects apart first spares comparing every layer.
     objects: dict[int, tuple[Layer, list[int]]] = {}
-    for index, layer in enumerate(runtime.lay_out(architecture)):
+    for index, layer in enumerate(layers):
         found = objects.get(id(layer))
         if found is None:
             objects[id(layer)] = (layer, [index])

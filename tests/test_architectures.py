@@ -89,6 +89,18 @@ def test_an_encoder_length_is_asked_for():
         kvcalc.size("gpt2", seq=512, encoder_seq=512)
 
 
+def test_prediction_layers_are_counted_when_asked():
+    """DeepSeek-V3 declares one: 62 latents instead of 61; a second, or one of Llama's, is refused."""
+    plain = kvcalc.size("deepseek-ai/DeepSeek-V3", seq=1000)
+    counted = kvcalc.size("deepseek-ai/DeepSeek-V3", seq=1000, mtp=1)
+    assert counted.total_bytes * 61 == plain.total_bytes * 62
+    assert any("not counted" in note for note in plain.notes)
+    assert any("counted: 1 of 1" in note for note in counted.notes)
+    for model, number in (("deepseek-ai/DeepSeek-V3", 2), ("meta-llama/Meta-Llama-3-8B", 1)):
+        with pytest.raises(kvcalc.UnsupportedError, match="deciding field"):
+            kvcalc.size(model, seq=1000, mtp=number)
+
+
 def stripped(config, model_type):
     """The config without the fields whose value its class would fill in anyway."""
     known = class_defaults(model_type)

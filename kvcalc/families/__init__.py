@@ -15,6 +15,7 @@ from kvcalc.dtypes import COMPUTE_DTYPES, FORMATS, storage_format
 from kvcalc.errors import ConfigError, InputError, UnsupportedError
 from kvcalc.families import encoder
 from kvcalc.families._complications import refuse_unclaimed
+from kvcalc.families._mtp import Prediction, prediction
 from kvcalc.layers import Layer
 from kvcalc.units import shown
 
@@ -54,7 +55,7 @@ class Architecture(NamedTuple):
     cache_dtype: FieldUse | ConfigError
     max_tokens: int
     fields: tuple[FieldUse, ...]
-    notes: tuple[str, ...]
+    prediction: Prediction
 
 
 @cache
@@ -105,7 +106,7 @@ def describe(config: Mapping[str, Any]) -> Architecture:
         cache_dtype=_declared_cache_dtype(config, fields) or model_dtype,
         max_tokens=max_tokens,
         fields=fields.used,
-        notes=_notes(fields),
+        prediction=prediction(fields, layers),
     )
 
 
@@ -248,20 +249,3 @@ def _object(level: Mapping[str, Any], key: str, prefix: str) -> Mapping[str, Any
         msg = f"config field {prefix}{key} is {shown(value)}, not an object"
         raise ConfigError(msg)
     return value
-
-
-_MTP_FIELDS = (
-    "num_nextn_predict_layers",
-    "mtp_num_hidden_layers",
-    "num_mtp_modules",
-    "num_mtp_layers",
-    "_num_mtp_layers",
-)
-
-
-def _notes(fields: ConfigFields) -> tuple[str, ...]:
-    for key in _MTP_FIELDS:
-        count = fields.given(key)
-        if isinstance(count, int) and count > 0:
-            return (f"multi-token prediction not counted ({key}={count})",)
-    return ()

@@ -274,9 +274,7 @@ def _prediction_layers(architecture: Architecture, engine: str, mtp: int) -> tup
         return ()
     check_count(mtp, name="mtp", most=MAX_RANKS)
     if engine == "transformers":
-        msg = (
-            "transformers' models keep no cache for prediction layers; use --engine model for --mtp"
-        )
+        msg = "transformers keeps no cache for prediction layers; use --engine model for --mtp"
         raise UnsupportedError(msg)
     return architecture.prediction.layers(mtp, architecture.model_type)
 

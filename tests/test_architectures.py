@@ -90,7 +90,7 @@ def test_an_encoder_length_is_asked_for():
 
 
 def test_prediction_layers_are_counted_when_asked():
-    """DeepSeek-V3 declares one: 62 latents instead of 61; a second, or one of Llama's, is refused."""
+    """DeepSeek-V3 declares one: 62 latents instead of 61. A second, or one of Llama, is refused."""
     plain = kvcalc.size("deepseek-ai/DeepSeek-V3", seq=1000)
     counted = kvcalc.size("deepseek-ai/DeepSeek-V3", seq=1000, mtp=1)
     assert counted.total_bytes * 61 == plain.total_bytes * 62

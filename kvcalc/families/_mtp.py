@@ -29,7 +29,7 @@ class Prediction(NamedTuple):
     layer: Layer | None
 
     def layers(self, count: int, model_type: str) -> tuple[Layer, ...]:
-        """`count` of them; UnsupportedError when there are fewer, or it is not known what they keep."""
+        """`count` of them; UnsupportedError for more than there are, or of an unknown kind."""
         if count == 0:
             return ()
         if count > self.declared:

@@ -20,6 +20,9 @@ from kvcalc.units import MAX_TOKENS, ceil_div, check_count, format_bytes
 
 SCHEMA = "kvcalc.size/1"
 
+INFERRED = "inferred"
+"""The family of model types that nobody listed."""
+
 MAX_BATCH = 2**31 - 1
 MAX_RANKS = 2**16
 
@@ -210,10 +213,12 @@ def size_architecture(
         fields=architecture.fields,
         notes=(
             *origin.notes,
+            *_inferred_note(architecture),
             *_prediction_note(architecture, mtp),
             *_notes(architecture, seq_tokens=seq_tokens, pp=pp, dtype=dtype),
             *_replication_note(total_bytes - unsharded_bytes),
         ),
+        provenance="inferred from fields" if architecture.family == INFERRED else "exact",
     )
 
 
@@ -277,6 +282,11 @@ def _prediction_layers(architecture: Architecture, engine: str, mtp: int) -> tup
         msg = "transformers keeps no cache for prediction layers; use --engine model for --mtp"
         raise UnsupportedError(msg)
     return architecture.prediction.layers(mtp, architecture.model_type)
+
+
+def _inferred_note(architecture: Architecture) -> Iterator[str]:
+    if architecture.family == INFERRED:
+        yield f"no family knows model_type {architecture.model_type!r}: sized by its fields alone"
 
 
 def _prediction_note(architecture: Architecture, mtp: int) -> Iterator[str]:

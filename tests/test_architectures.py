@@ -1,12 +1,15 @@
 """Hard models at one point each, and the forms in which one model may be given."""
 
+import copy
 import json
 
 import pytest
+import zoo
+from transformers import AutoConfig
 
 import kvcalc
 from kvcalc.config import class_defaults
-from kvcalc.families import decoder_level
+from kvcalc.families import decoder_level, describe, inferred
 from kvcalc.sources import catalogue
 from kvcalc.units import GIB
 
@@ -99,6 +102,47 @@ def test_prediction_layers_are_counted_when_asked():
     for model, number in (("deepseek-ai/DeepSeek-V3", 2), ("meta-llama/Meta-Llama-3-8B", 1)):
         with pytest.raises(kvcalc.UnsupportedError, match="deciding field"):
             kvcalc.size(model, seq=1000, mtp=number)
+
+
+def test_an_unlisted_type_is_sized_by_its_fields_and_says_so():
+    """Standard names alone are enough; a field that might mean more is not, nor one that lacks."""
+    config = {
+        "model_type": "somebodys_llm",
+        "num_hidden_layers": 8,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "hidden_size": 1024,
+    }
+    report = kvcalc.size(config, seq=1000, kv_dtype="bf16")
+    assert report.total_bytes == 8 * 1000 * 4 * (64 + 64) * 2
+    assert report.provenance == "inferred from fields"
+    assert any("fields alone" in note for note in report.notes)
+    for change in ({"cla_share_factor": 2}, {"ssm_cfg": {"d": 1}}, {"num_key_value_heads": None}):
+        with pytest.raises(kvcalc.UnsupportedError, match="deciding field"):
+            kvcalc.size(config | change, seq=1000)
+
+
+@pytest.mark.parametrize("pair", sorted(zoo.model_types()))
+def test_what_is_inferred_is_never_wrong(pair):
+    """Every type that transformers runs, saved whole and given another name: the same layers as
+    under its own, or refused.
+    """
+    if pair in zoo.NOT_BUILDABLE:
+        pytest.skip("not buildable")
+    for case in zoo.cases(*pair):
+        fields = {key: value for key, value in case.config.items() if key != "model_type"}
+        try:
+            config = AutoConfig.for_model(case.model_type, **copy.deepcopy(fields)).to_dict()
+            level = decoder_level(config)
+        except (TypeError, ValueError, kvcalc.UnsupportedError):
+            continue
+        renamed = dict(level.config) | {"model_type": "somebodys_llm"}
+        if inferred.claims(renamed) and level.prefix != "decoder.":
+            try:
+                found = describe(renamed).layers
+            except kvcalc.UnsupportedError:
+                continue
+            assert found == describe(config).layers, case.variation
 
 
 def stripped(config, model_type):

@@ -302,18 +302,22 @@ def test_remote_code_is_refused_and_never_run(complaint, tmp_path):
     for module in ("configuration_evil.py", "modeling_evil.py", "__init__.py"):
         (tmp_path / module).write_text(code)
     auto_map = {"AutoConfig": "configuration_evil.EvilConfig"}
-    written(tmp_path, changed(LLAMA, model_type="evil", auto_map=auto_map))
+    written(tmp_path, changed(LLAMA, model_type="evil", auto_map=auto_map, window_kind="own"))
     status, line = complaint("size", tmp_path, "--seq", "4k")
     assert status == REFUSED
     assert "configuration_evil.EvilConfig" in line
     assert "never run" in line
+    config = changed(LLAMA, model_type="evil", auto_map=auto_map)
+    assert kvcalc.size(config, seq=4096).provenance == "inferred from fields"
     assert not marker.exists()
 
 
 def test_a_config_cannot_write_to_the_terminal(complaint, tmp_path):
     """Control characters in a config do not reach the terminal through the message."""
     auto_map = {"AutoConfig": "\x1b[2J\x1b[31mall is well"}
-    path = written(tmp_path, changed(LLAMA, model_type="evil", auto_map=auto_map))
+    path = written(
+        tmp_path, changed(LLAMA, model_type="evil", auto_map=auto_map, window_kind="own")
+    )
     assert complaint("size", path)[0] == REFUSED
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol, cast
 from kvcalc.config import ConfigFields, FieldUse, class_defaults
 from kvcalc.dtypes import COMPUTE_DTYPES, FORMATS, storage_format
 from kvcalc.errors import ConfigError, InputError, UnsupportedError
-from kvcalc.families import encoder
+from kvcalc.families import encoder, inferred
 from kvcalc.families._complications import refuse_unclaimed
 from kvcalc.families._mtp import Prediction, prediction
 from kvcalc.layers import Layer
@@ -83,7 +83,7 @@ def describe(config: Mapping[str, Any]) -> Architecture:
     """
     level = decoder_level(config)
     fields = ConfigFields(level.config, model_type=level.model_type, prefix=level.prefix)
-    found = _family(level.model_type)
+    found = _family(level)
     if found is None:
         raise UnsupportedError(_unknown_type("model_type", level.model_type, config))
     name, family = found
@@ -110,14 +110,6 @@ def describe(config: Mapping[str, Any]) -> Architecture:
     )
 
 
-def _family(model_type: str) -> tuple[str, Family] | None:
-    """The family of a model type, by name and module; None when there is none."""
-    found = families().get(model_type)
-    if found is None and encoder.claims(model_type):
-        return "encoder", cast("Family", encoder)
-    return found
-
-
 class DecoderLevel(NamedTuple):
     """The part of a config that describes the text decoder, and its path in the file.
 
@@ -128,6 +120,18 @@ class DecoderLevel(NamedTuple):
     model_type: str
     prefix: str
     crossed: bool = False
+
+
+def _family(level: DecoderLevel) -> tuple[str, Family] | None:
+    """The family of a decoder, by name and module; None when there is none."""
+    found = families().get(level.model_type)
+    if found is None and encoder.claims(level.model_type):
+        return "encoder", cast("Family", encoder)
+    if found is None and class_defaults(level.model_type) is None:
+        nested = any(level.config.get(key) is not None for key in _OWN_NAMES)
+        if not nested and inferred.claims(level.config):
+            return "inferred", cast("Family", inferred)
+    return found
 
 
 _OWN_NAMES = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -149,7 +153,7 @@ def decoder_level(config: Mapping[str, Any]) -> DecoderLevel:
     level = DecoderLevel(config, model_type, "")
     crossed = False
     for _ in range(_DEPTH):
-        if _family(level.model_type):
+        if _family(level):
             return level._replace(crossed=crossed)
         crossed = crossed or level.model_type in _CROSSED
         inner = _inner(level)

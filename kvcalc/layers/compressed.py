@@ -61,8 +61,8 @@ class CompressedAttention(PlainLayer):
 
     def keeps(self) -> str:
         """Widths, window and rate."""
-        index = f" + index key {self.index_dim}" if self.index_dim else ""
-        return f"{self.entry_dim} (K = V) for a window token and{index} for {self.rate} tokens"
+        index = f" with an index key of {self.index_dim}" if self.index_dim else ""
+        return f"{self.entry_dim} (K = V) in the window, and for {self.rate} tokens{index}"
 
     def formula(self, *, tokens: int, dtype: StorageFormat) -> str:
         """The counts."""

@@ -86,9 +86,11 @@ def lay_out(architecture: Architecture) -> tuple[Layer, ...]:
     layers = architecture.transformers_layers
     if _release(version()) >= LATENT_SINCE:
         return layers
-    return tuple(
-        layer.expanded() if isinstance(layer, LatentAttention) else layer for layer in layers
-    )
+    return tuple(layer.each(_expanded) for layer in layers)
+
+
+def _expanded(layer: Layer) -> Layer:
+    return layer.expanded() if isinstance(layer, LatentAttention) else layer
 
 
 def transients(

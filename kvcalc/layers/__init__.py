@@ -8,8 +8,9 @@ The layers of most models stand here; what fewer models keep (recurrent states, 
 index keys, compressed tokens) stands in the modules beside, which only their families import.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Protocol, Self
+from typing import ClassVar, NamedTuple, Protocol, Self, cast
 
 from kvcalc.dtypes import StorageFormat
 from kvcalc.errors import UnsupportedError
@@ -47,6 +48,9 @@ class Layer(Protocol):
     def parts(self) -> "tuple[Layer, ...]":
         """The simple layers it is made of."""
 
+    def each(self, change: "Callable[[Layer], Layer]") -> "Layer":
+        """The layer with `change` applied to each of its parts."""
+
     def num_bytes(self, *, tokens: int, batch: int, dtype: StorageFormat) -> int:
         """Bytes kept for `batch` sequences of `tokens` tokens each."""
 
@@ -76,6 +80,10 @@ class PlainLayer:
     def parts(self) -> tuple[Self, ...]:
         """The layer is its own only part."""
         return (self,)
+
+    def each(self, change: Callable[[Layer], Layer]) -> Layer:
+        """What its only part becomes."""
+        return change(cast("Layer", self))
 
 
 class TokenLayer(PlainLayer):

@@ -1,5 +1,6 @@
 """Layers that keep nothing, several things at once, or rows beside K and V."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import ClassVar, Self
@@ -55,6 +56,10 @@ class Combined:
     def parts(self) -> tuple[Layer, ...]:
         """Those of its members."""
         return tuple(chain.from_iterable(member.parts() for member in self.members))
+
+    def each(self, change: Callable[[Layer], Layer]) -> Self:
+        """Each member's parts changed."""
+        return replace(self, members=tuple(member.each(change) for member in self.members))
 
     def num_bytes(self, *, tokens: int, batch: int, dtype: StorageFormat) -> int:
         """The sum over the members."""

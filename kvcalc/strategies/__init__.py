@@ -30,7 +30,10 @@ class Strategy(Protocol):
 
     @staticmethod
     def apply(layer: Layer, parameters: Mapping[str, int]) -> Layer:
-        """What a layer keeps under this strategy; UnsupportedError when it cannot take it."""
+        """What a layer keeps under this strategy; UnsupportedError when it cannot take it.
+
+        A combined layer comes part by part.
+        """
 
 
 class ChosenStrategy(NamedTuple):
@@ -53,14 +56,18 @@ class ChosenStrategy(NamedTuple):
         return f"{self.name}:" + ",".join(f"{key}={val}" for key, val in self.parameters.items())
 
     def apply(self, layer: Layer) -> Layer:
-        """What a layer keeps under this strategy."""
-        return self.strategy.apply(layer, self.parameters)
+        """What a layer keeps under this strategy, part by part."""
+        return layer.each(lambda part: self.strategy.apply(part, self.parameters))
 
 
 @cache
 def strategy_names() -> tuple[str, ...]:
     """The strategies there are, by the names users type."""
-    return tuple(module.name.replace("_", "-") for module in pkgutil.iter_modules(__path__))
+    return tuple(
+        module.name.replace("_", "-")
+        for module in pkgutil.iter_modules(__path__)
+        if not module.name.startswith("_")
+    )
 
 
 def _package(name: str) -> str:

@@ -1,0 +1,110 @@
+"""What running caches share: transformers' own cache for a model, with the storage of its keys and
+values replaced layer by layer.
+
+transformers builds the layers that a model needs (windows, recurrent states, index keys); `stored`
+puts a strategy's way of keeping K and V in place of concatenation and leaves all else alone.
+"""
+
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from kvcalc.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers.cache_utils import Cache
+
+
+class Storage(DynamicLayer):  # type: ignore[no-untyped-call]
+    """How one layer keeps its keys and values, each [batch, KV heads, tokens, width].
+
+    Subclasses say `start` and `append`; tensors in attributes without a leading underscore are what
+    is held. A layer with a window must hand its attention the last `window` - 1 tokens before the
+    new ones; which of them it keeps is its own affair.
+    """
+
+    is_croppable = False
+    num_tokens = 0
+
+    @property
+    def window(self) -> int | None:
+        """Tokens of the layer's window, None when it sees all."""
+        return getattr(self, "sliding_window", None)
+
+    def start(self, keys: Tensor, values: Tensor) -> None:
+        """Allocate, before the first tokens come."""
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Take new tokens; returns the keys and values that this step attends to, in order.
+
+        `num_tokens` counts the new ones already.
+        """
+        raise NotImplementedError
+
+    def update(
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,  # noqa: ANN401 - transformers' signature
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor]:
+        """Take the new tokens of one step, as transformers calls it."""
+        del args, kwargs
+        if not self.is_initialized:
+            self.dtype, self.device = key_states.dtype, key_states.device
+            self.start(key_states, value_states)
+            self.is_initialized = True
+        self.num_tokens += key_states.shape[-2]
+        self.cumulative_length = self.num_tokens  # what window layers count their mask by
+        return self.append(key_states, value_states)
+
+    def get_seq_length(self) -> int:
+        """Tokens seen, which is what positions are counted from."""
+        return self.num_tokens
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Not written: speculative decoding."""
+        self._refuse("crop", tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Not written: beam search."""
+        self._refuse("reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Not written: beam search and sampling of several answers."""
+        self._refuse("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Not written: contrastive search."""
+        self._refuse("batch_select_indices", indices)
+
+    def _refuse(self, what: str, argument: object) -> None:
+        del argument
+        msg = f"{type(self).__name__} cannot {what}"
+        raise UnsupportedError(msg)
+
+
+def stored(config: "PreTrainedConfig", storage: type[Storage], **settings: object) -> "Cache":
+    """An empty cache of the model whose attention layers keep K and V in a `storage`, with
+    `settings` as attributes.
+
+    Layers that transformers' own `cache_utils` does not define are left as they are.
+    """
+    cache = DynamicCache(config=config)
+    for layer in cache.layers:
+        replace_storage(layer, storage, **settings)
+    return cache
+
+
+def replace_storage(layer: object, storage: type[Storage], **settings: object) -> None:
+    """Make one layer of a new cache keep its K and V in a `storage`, if it keeps any."""
+    own = type(layer)
+    if not isinstance(layer, DynamicLayer) or own.__module__ != DynamicLayer.__module__:
+        return
+    name = f"{storage.__name__.removesuffix('Storage')}{own.__name__}"
+    cast("Any", layer).__class__ = type(name, (storage, own), {})
+    for key, value in settings.items():
+        setattr(layer, key, value)

@@ -14,7 +14,18 @@ from pathlib import Path
 
 from sizing_fields import keep_sizing_fields
 
+from kvcalc.errors import KvcalcError
+from kvcalc.families import describe
+
 MODELS = Path(__file__).parent.parent / "profiles" / "models"
+
+
+def kept(config: dict[str, object]) -> object:
+    """The layers that a config gives, or None when it is refused."""
+    try:
+        return describe(config).layers
+    except KvcalcError:
+        return None
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,7 +40,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings")
     options = parser.parse_args(arguments)
 
-    config = keep_sizing_fields(json.loads(options.config.read_text("utf-8")))
+    whole = json.loads(options.config.read_text("utf-8"))
+    config = keep_sizing_fields(whole)
+    if kept(config) != kept(whole):
+        parser.error("the fields kept give another size than the whole file: see sizing_fields.py")
     for key in options.without:
         config.pop(key, None)
     for setting in options.settings:

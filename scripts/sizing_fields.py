@@ -40,7 +40,7 @@ CACHE_FIELDS = frozenset(
     cca_time0 cca_time1 embedding_dim
     num_nextn_predict_layers mtp_num_hidden_layers num_mtp_modules num_mtp_layers
     _num_mtp_layers mtp_transformer_layers cross_attention_layers cross_attention_interval
-    text_config llm_config language_config thinker_config quantization_config
+    text_config llm_config llm_cfg language_config thinker_config quantization_config
     decoder vlm_config generator H_cycles L_cycles num_layers_per_stack dim_head
     first_k_dense_replace prefix_dense_sliding_window_pattern layer_group_size
     short_conv_kernel_size layer_types conv_kernel_size indexer_head_dim ple_layer_ids hc_count
@@ -67,7 +67,7 @@ SIZING_FIELDS = CACHE_FIELDS | WEIGHT_FIELDS
 
 NESTED = frozenset(
     """
-    text_config llm_config language_config thinker_config decoder vlm_config generator
+    text_config llm_config llm_cfg language_config thinker_config decoder vlm_config generator
     """.split()
 )
 QUANTIZATION_FIELDS = frozenset(

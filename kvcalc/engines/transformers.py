@@ -84,6 +84,8 @@ def check_dtype(dtype: StorageFormat) -> None:
 def lay_out(architecture: Architecture) -> tuple[Layer, ...]:
     """What transformers' models keep; versions before 5.15.0 expand latents."""
     layers = architecture.transformers_layers
+    if isinstance(layers, UnsupportedError):
+        raise layers
     if _release(version()) >= LATENT_SINCE:
         return layers
     return tuple(layer.each(_expanded) for layer in layers)

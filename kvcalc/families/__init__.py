@@ -42,15 +42,15 @@ class Architecture(NamedTuple):
     `model_dtype` is what the config names for the weights, `cache_dtype` what it names for the
     cache (a declared KV quantisation, else the model dtype), each as a FieldUse whose value is a
     format of `kvcalc.dtypes`, or the error to raise if it is needed. `layers` is what the
-    architecture must keep, `transformers_layers` what transformers' own models keep. `max_tokens`
-    is the model's own maximum, 0 when the config names none.
+    architecture must keep, `transformers_layers` what transformers' own models keep, or why they
+    cannot run it. `max_tokens` is the model's own maximum, 0 when the config names none.
     """
 
     model_type: str
     family: str
     family_source: str
     layers: tuple[Layer, ...]
-    transformers_layers: tuple[Layer, ...]
+    transformers_layers: tuple[Layer, ...] | UnsupportedError
     model_dtype: FieldUse | ConfigError
     cache_dtype: FieldUse | ConfigError
     max_tokens: int
@@ -88,7 +88,6 @@ def describe(config: Mapping[str, Any]) -> Architecture:
         raise UnsupportedError(_unknown_type("model_type", level.model_type, config))
     name, family = found
     layers = family.layers(fields)
-    stored = getattr(family, "transformers_layers", None)
     refuse_unclaimed(fields, config, understood=family.UNDERSTANDS | fields.read)
     if level.crossed:
         from kvcalc.layers.mixed import with_cross_attention
@@ -101,13 +100,24 @@ def describe(config: Mapping[str, Any]) -> Architecture:
         family=name,
         family_source=family.SOURCE,
         layers=layers,
-        transformers_layers=stored(fields) if stored else layers,
+        transformers_layers=_in_transformers(family, fields) or layers,
         model_dtype=model_dtype,
         cache_dtype=_declared_cache_dtype(config, fields) or model_dtype,
         max_tokens=max_tokens,
         fields=fields.used,
         prediction=prediction(fields, layers),
     )
+
+
+def _in_transformers(
+    family: Family, fields: ConfigFields
+) -> tuple[Layer, ...] | UnsupportedError | None:
+    """What transformers' models keep where it differs, or why they keep nothing."""
+    stored = getattr(family, "transformers_layers", None)
+    try:
+        return stored(fields) if stored else None
+    except UnsupportedError as error:
+        return error
 
 
 class DecoderLevel(NamedTuple):
@@ -134,7 +144,7 @@ def _family(level: DecoderLevel) -> tuple[str, Family] | None:
     return found
 
 
-_OWN_NAMES = ("text_config", "llm_config", "language_config", "thinker_config")
+_OWN_NAMES = ("text_config", "llm_config", "llm_cfg", "language_config", "thinker_config")
 """Where wrappers that transformers does not know keep their decoder."""
 
 _CROSSED = frozenset({"encoder-decoder", "vision-encoder-decoder", "speech-encoder-decoder"})

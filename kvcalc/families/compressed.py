@@ -16,7 +16,7 @@ from kvcalc.layers.compressed import CompressedAttention
 
 SOURCE = "a window, and an entry for each 4 or 128 tokens (modeling_deepseek_v4.py 5.23.0)"
 
-MODEL_TYPES = frozenset({"deepseek_v4"})
+MODEL_TYPES = frozenset({"deepseek_ref", "deepseek_v4"})
 
 UNDERSTANDS = frozenset({"layer_types", "sliding_window", "index_head_dim", "compress_rates"})
 

@@ -1,9 +1,10 @@
 """Models whose code lies in their own repository, but whose attention is plain: ChatGLM, Baichuan,
-InternLM, Qwen 1, MiniCPM, OpenELM, Nemotron-NAS and others.
+InternLM, Qwen 1, MiniCPM, OpenELM, Nemotron-NAS, Phi-3-small, Hunyuan and others.
 
 Their code is never run. `profiles/repository_classes.jsonl` says what its configuration class is
 called, which of its fields have other names than the standard ones, and what it fills in; each
-entry names the file of the repository. Every token keeps K and V of each KV head.
+entry names the file of the repository. Every token keeps K and V of each KV head (in Phi-3-small,
+too, whose block-sparse attention reads fewer of them).
 """
 
 from dataclasses import replace
@@ -17,12 +18,12 @@ SOURCE = "K and V of every token and KV head, in the fields of the repository's 
 
 MODEL_TYPES = frozenset(
     """
-    baichuan bailing_moe chatglm deepseek exaone internlm internlm2 minicpm nemotron-nas openelm
-    orion phi-msft qwen xverse
+    baichuan bailing_moe chatglm deepseek exaone hunyuan internlm internlm2 minicpm molmo
+    nemotron-nas openelm orion phi-msft phi3small qwen xverse
     """.split()
 )
 
-UNDERSTANDS = frozenset({"multi_query_attention", "block_configs"})
+UNDERSTANDS = frozenset({"multi_query_attention", "block_configs", "use_cla"})
 
 
 def layers(config: ConfigFields) -> tuple[Layer, ...]:
@@ -34,7 +35,18 @@ def layers(config: ConfigFields) -> tuple[Layer, ...]:
     layer = full_attention(config)
     if config.model_type == "chatglm" and not config.flag("multi_query_attention"):
         layer = replace(layer, kv_heads=config.count("num_attention_heads"))
+    if config.model_type == "hunyuan" and config.flag("use_cla"):
+        return _cross_layer(config, layer)
     return repeat(config, layer)
+
+
+def _cross_layer(config: ConfigFields, layer: Layer) -> tuple[Layer, ...]:
+    """Cross-layer attention (arXiv:2405.12981): of each `cla_share_factor` layers the first keeps
+    K and V for all (vLLM hunyuan_v1.py).
+    """
+    factor = config.count("cla_share_factor")
+    shared = NoCache(reason="shares an earlier layer's K and V")
+    return tuple(shared if index % factor else layer for index in range(num_layers(config)))
 
 
 def _openelm(config: ConfigFields) -> tuple[Layer, ...]:

@@ -99,7 +99,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         **dict.fromkeys(["ministral", "voxtral_realtime_text"], _ALWAYS),
         **dict.fromkeys(["cohere_compass_text", "laguna", "mellum", "step3p5"], all_of(FULL)),
         **dict.fromkeys(["gemma2", "gpt_oss", "vaultgemma"], every(2)),
-        **dict.fromkeys(["exaone4", "exaone_moe"], _lettered),
+        **dict.fromkeys(["exaone4", "exaone4_5_text", "exaone_moe"], _lettered),
         **dict.fromkeys(["granite_swa", "granitemoe_swa", "cwm"], every(4, at=0)),
         **dict.fromkeys(["muse_glimmer_text", "muse_spark_text"], _from_the_last),
         **dict.fromkeys(["dots1", "qwen3_omni_moe_text"], _slide_if(_from_max_window_layers)),

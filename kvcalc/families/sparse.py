@@ -191,6 +191,7 @@ BUILD: Mapping[str, Build] = MappingProxyType(
     {
         "dots3_note_text": _dots,
         "glm5_next_text": _glm_flash,
+        "minimax_m3": _minimax,
         "minimax_m3_vl_text": _minimax,
         "mistral_large4_text": _mistral,
         "qwen4_exp_text": _qwen4,

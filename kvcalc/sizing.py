@@ -5,8 +5,9 @@ Everything is integer addition over the layers; no I/O. The result keeps what it
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from kvcalc.config import FieldUse
 from kvcalc.dtypes import COMPUTE_DTYPES, PAYLOAD_ONLY, StorageFormat, storage_format
@@ -17,6 +18,8 @@ from kvcalc.layers import Layer, Setting
 from kvcalc.origin import Origin
 from kvcalc.strategies import BASELINE, ChosenStrategy, load_strategy
 from kvcalc.units import MAX_TOKENS, ceil_div, check_count, format_bytes
+
+T = TypeVar("T")
 
 SCHEMA = "kvcalc.size/1"
 
@@ -177,7 +180,7 @@ def size_architecture(
     runtime.check_dtype(dtype)
     setting = Setting(_compute_format(architecture, dtype), encoder_tokens)
     layers = runtime.lay_out(architecture) + _prediction_layers(architecture, engine, mtp)
-    stored = _stored_layers(layers, chosen, setting, tp=tp, dtype=dtype)
+    stored, segments = _stored_layers(_Same(layers), _Same(chosen), setting, tp, dtype)
     groups = tuple(each.group(seq_tokens, batch) for each in stored)
     total_bytes = sum(group.total_bytes for group in groups)
     unsharded_bytes = sum(each.unsharded_bytes(seq_tokens, batch) for each in stored)
@@ -201,7 +204,7 @@ def size_architecture(
         bytes_per_sequence=_one_sequence(stored, seq_tokens),
         bytes_per_token=sum(group.bytes_per_token for group in groups),
         groups=groups,
-        segments=_segments(stored),
+        segments=segments,
         transients=MappingProxyType(
             runtime.transients(
                 tuple(each.layer for each in stored for _ in each.indices),
@@ -275,9 +278,8 @@ def _dtype(
 
 def _prediction_layers(architecture: Architecture, engine: str, mtp: int) -> tuple[Layer, ...]:
     """The prediction layers that are to be counted."""
-    if mtp == 0:
+    if check_count(mtp, name="mtp", least=0, most=MAX_RANKS) == 0:
         return ()
-    check_count(mtp, name="mtp", most=MAX_RANKS)
     if engine == "transformers":
         msg = "transformers keeps no cache for prediction layers; use --engine model for --mtp"
         raise UnsupportedError(msg)
@@ -309,18 +311,36 @@ def _compute_format(architecture: Architecture, dtype: StorageFormat) -> Storage
     return storage_format(str(use.value))
 
 
+class _Same(Generic[T]):
+    """Compares a value by its identity, so that a cache need not compare every layer of it."""
+
+    __slots__ = ("it",)
+
+    def __init__(self, it: T) -> None:
+        self.it = it
+
+    def __hash__(self) -> int:
+        return id(self.it)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.it is other.it
+
+
+@lru_cache(maxsize=64)
 def _stored_layers(
-    layers: Sequence[Layer],
-    chosen: ChosenStrategy,
+    layers: _Same[tuple[Layer, ...]],
+    chosen: _Same[ChosenStrategy],
     setting: Setting,
-    *,
     tp: int,
     dtype: StorageFormat,
-) -> tuple[_Stored, ...]:
-    """Each distinct layer as it is stored, in the order of its first place."""
+) -> tuple[tuple[_Stored, ...], tuple[Segment, ...]]:
+    """Each distinct layer as it is stored, in the order of its first place, and their growth.
+
+    It is the same for every length, and remembered: a sweep goes over many.
+    """
     # Families repeat one object: telling objects apart first spares comparing every layer.
     objects: dict[int, tuple[Layer, list[int]]] = {}
-    for index, layer in enumerate(layers):
+    for index, layer in enumerate(layers.it):
         found = objects.get(id(layer))
         if found is None:
             objects[id(layer)] = (layer, [index])
@@ -332,12 +352,12 @@ def _stored_layers(
     stored = []
     for layer, indices in places.items():
         indices.sort()
-        held = chosen.apply(layer.bind(setting))
+        held = chosen.it.apply(layer.bind(setting))
         stored.append(_Stored(held, held.shard(tp), tuple(indices), tp, dtype))
-    return tuple(stored)
+    return tuple(stored), _segments(stored)
 
 
-def _one_sequence(stored: tuple[_Stored, ...], tokens: int) -> int:
+def _one_sequence(stored: Sequence[_Stored], tokens: int) -> int:
     return sum(len(each.indices) * each.layer_bytes(tokens) for each in stored)
 
 
@@ -361,7 +381,7 @@ def _bytes_per_rank(groups: tuple[LayerGroup, ...], *, tp: int, pp: int) -> int:
     return max(stages) // tp
 
 
-def _segments(stored: tuple[_Stored, ...]) -> tuple[Segment, ...]:
+def _segments(stored: Sequence[_Stored]) -> tuple[Segment, ...]:
     """The straight stretches of the growth of one sequence, or () when there is a staircase."""
     starts = {0}
     for each in stored:

@@ -44,13 +44,13 @@ def parse_tokens(value: str | int, *, name: str = "--seq") -> int:
     return check_count(tokens, name=name, most=MAX_TOKENS)
 
 
-def check_count(value: int, *, name: str, most: int) -> int:
-    """Return `value` when it is an int in 1..most, else raise InputError naming it."""
+def check_count(value: int, *, name: str, most: int, least: int = 1) -> int:
+    """Return `value` when it is an int in least..most, else raise InputError naming it."""
     if not isinstance(value, int) or isinstance(value, bool):
         msg = f"{name} must be a whole number, not {shown(value)}"
         raise InputError(msg)
-    if value < 1:
-        msg = f"{name} must be at least 1, not {shown(value)}"
+    if value < least:
+        msg = f"{name} must be at least {least}, not {shown(value)}"
         raise InputError(msg)
     if value > most:
         msg = f"{name} must be at most {most:,}, not {shown(value)}"

@@ -8,6 +8,7 @@ import zoo
 from transformers import AutoConfig
 
 import kvcalc
+from kvcalc import families
 from kvcalc.config import class_defaults
 from kvcalc.families import decoder_level, describe, inferred
 from kvcalc.sources import catalogue
@@ -68,11 +69,51 @@ def test_hard_models_are_right(model, seq, point, gib):
         ("microsoft/phi-2", 32 * 32 * (80 + 80) * 2),
         ("internlm/internlm2_5-7b-chat", 32 * 8 * (128 + 128) * 2),
         ("apple/OpenELM-1_1B-Instruct", 169 * (64 + 64) * 2),
+        ("microsoft/Phi-3-small-8k-instruct", 32 * 8 * (128 + 128) * 2),
+        ("allenai/Molmo-7B-D-0924", 28 * 4 * (128 + 128) * 2),
+        ("deepseek-ai/deepseek-vl2-tiny", 12 * 10 * (128 + 128) * 2),
+        ("tencent/Hunyuan-A13B-Instruct", 32 * 8 * (128 + 128) * 2),
+        ("Efficient-Large-Model/VILA1.5-3b", 32 * 20 * (128 + 128) * 2),
+        ("MiniMaxAI/MiniMax-M3", 60 * 4 * (128 + 128) * 2 + 57 * 128 * 2),
+        ("tencent/Youtu-VL-4B-Instruct", 40 * (512 + 64) * 2),
     ],
 )
 def test_repository_classes_are_read_from_their_fields(model, bytes_per_token):
     """Types whose code lies in a repository are sized without it; heads by hand from the config."""
     assert kvcalc.size(model, seq=1, kv_dtype="bf16").total_bytes == bytes_per_token
+
+
+def test_states_of_repository_classes_are_constant():
+    """Layers that repository classes list as recurrent keep a state of the stated shape."""
+    minimax = kvcalc.size("MiniMaxAI/MiniMax-Text-01", seq=1000)
+    assert minimax.bytes_per_token == 10 * 8 * (128 + 128) * 2
+    assert minimax.total_bytes - 1000 * minimax.bytes_per_token == 70 * 64 * 128 * 128 * 2
+    rwkv = kvcalc.size("RWKV/rwkv-5-world-3b", seq=1000)
+    assert rwkv.total_bytes == 32 * (2 * 2560 * 2 + 40 * 64 * 64 * 4)
+
+
+def test_layers_may_share_what_another_keeps():
+    """Cross-layer attention with a factor of 2 keeps K and V in every second layer."""
+    config = dict(catalogue.find("tencent/Hunyuan-A13B-Instruct").config)
+    alone = kvcalc.size(config, seq=1000).total_bytes
+    shared = kvcalc.size(config | {"use_cla": True, "cla_share_factor": 2}, seq=1000)
+    assert 2 * shared.total_bytes == alone
+    with pytest.raises(kvcalc.UnsupportedError, match="transformers"):
+        kvcalc.size(config, seq=1000, engine="transformers")
+
+
+def test_a_family_is_found_by_its_text():
+    """Each type that some family claims is found, is claimed by no other, and nothing else is."""
+    claims = [
+        (model_type, name)
+        for name in families.family_names()
+        for model_type in families.load_family(name).MODEL_TYPES
+    ]
+    assert len(claims) == len(dict(claims)) > 240
+    for model_type, name in claims:
+        assert families.claiming_family(model_type) == (name, families.load_family(name))
+    for word in ("", "layers", "config", "SOURCE", "\udcff", "llama\x00"):
+        assert families.claiming_family(word) is None
 
 
 def test_an_encoder_keeps_no_cache():

@@ -22,6 +22,7 @@ GEMMA = "google/gemma-3-1b-it"  # model_type gemma3_text
 WRAPPED_GEMMA = "google/gemma-3-27b-it"  # gemma3_text inside a gemma3
 DEEPSEEK = "deepseek-ai/DeepSeek-V3"
 KIMI = "moonshotai/Kimi-K2-Instruct"  # transformers has no kimi_k2, so no class defaults
+HUNYUAN = "tencent/Hunyuan-A13B-Instruct"
 GPT2 = "openai-community/gpt2"
 
 ABSENT = object()
@@ -276,7 +277,8 @@ def test_a_kv_cache_scheme_that_is_unknown(complaint, tmp_path, scheme):
 @pytest.mark.parametrize(
     ("name", "changes", "fields"),
     [
-        ("RWKV/rwkv-5-world-3b", {}, ["model_type"]),
+        (LLAMA, {"model_type": "unheard_of", "window_kind": "own"}, ["model_type"]),
+        (HUNYUAN, {"use_mla": True, "kv_lora_rank": 512}, ["kv_lora_rank"]),
         (LLAMA, {"sliding_window": 4096}, ["sliding_window"]),
         (LLAMA, {"is_encoder_decoder": True}, ["is_encoder_decoder"]),
         (LLAMA, {"layer_types": ["linear_attention"] * 32}, ["layer_types"]),
@@ -387,15 +389,16 @@ def test_a_command_that_cannot_be(complaint, arguments, said):
     assert said in line
 
 
-def test_bad_models_among_good_ones(capsys):
+def test_bad_models_among_good_ones(capsys, tmp_path):
     """Each bad model gets its own line and the good ones are sized; the gravest status counts."""
-    status = run(["size", LLAMA, "no/such/model", "RWKV/rwkv-5-world-3b", "--seq", "4k"])
+    refused = str(written(tmp_path, changed(LLAMA, sliding_window=4096)))
+    status = run(["size", LLAMA, "no/such/model", refused, "--seq", "4k"])
     out, err = capsys.readouterr()
     assert status == REFUSED
     assert "536,870,912" in out
     assert [line.split(": ")[:2] for line in err.splitlines()] == [
         ["kvcalc", "no/such/model"],
-        ["kvcalc", "RWKV/rwkv-5-world-3b"],
+        ["kvcalc", refused],
     ]
 
 

@@ -57,7 +57,7 @@ def refuse(architecture: Architecture, *, tp: int, pp: int) -> None:
             "kvcalc never runs a repository's own code; use --engine model"
         )
         raise UnsupportedError(msg)
-    parts = [part for layer in architecture.layers for part in layer.parts()]
+    parts = [part for layer in _layers(architecture) for part in layer.parts()]
     if any(isinstance(part, SlidingAttention) and part.window == 1 for part in parts):
         msg = (
             "transformers never drops tokens of a window of 1 (it slices [-0:]); "
@@ -83,12 +83,17 @@ def check_dtype(dtype: StorageFormat) -> None:
 
 def lay_out(architecture: Architecture) -> tuple[Layer, ...]:
     """What transformers' models keep; versions before 5.15.0 expand latents."""
-    layers = architecture.transformers_layers
-    if isinstance(layers, UnsupportedError):
-        raise layers
+    layers = _layers(architecture)
     if _release(version()) >= LATENT_SINCE:
         return layers
     return tuple(layer.each(_expanded) for layer in layers)
+
+
+def _layers(architecture: Architecture) -> tuple[Layer, ...]:
+    layers = architecture.transformers_layers
+    if isinstance(layers, UnsupportedError):
+        raise layers
+    return layers
 
 
 def _expanded(layer: Layer) -> Layer:

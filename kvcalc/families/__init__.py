@@ -7,13 +7,13 @@ claims, `layers(config)` builds the layers. A family is found by the file being 
 import importlib
 import pkgutil
 from collections.abc import Iterable, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple, Protocol, cast
 
 from kvcalc.config import ConfigFields, FieldUse, class_defaults
 from kvcalc.dtypes import COMPUTE_DTYPES, FORMATS, storage_format
 from kvcalc.errors import ConfigError, InputError, UnsupportedError
-from kvcalc.families import encoder, inferred
+from kvcalc.families import inferred
 from kvcalc.families._complications import refuse_unclaimed
 from kvcalc.families._mtp import Prediction, prediction
 from kvcalc.layers import Layer
@@ -59,20 +59,30 @@ class Architecture(NamedTuple):
 
 
 @cache
-def families() -> Mapping[str, tuple[str, Family]]:
-    """Model type → (family name, family), over every module of this package."""
-    found: dict[str, tuple[str, Family]] = {}
-    for module in pkgutil.iter_modules(__path__):
-        if module.name.startswith("_"):
-            continue
-        family = cast("Family", importlib.import_module(f"{__name__}.{module.name}"))
-        for model_type in family.MODEL_TYPES:
-            if model_type in found:
-                other = found[model_type][0]
-                msg = f"families {other} and {module.name} both claim {model_type}"
-                raise RuntimeError(msg)
-            found[model_type] = (module.name, family)
-    return found
+def family_names() -> tuple[str, ...]:
+    """The families there are: the modules of this package."""
+    names = (module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(name for name in names if not name.startswith("_"))
+
+
+def load_family(name: str) -> Family:
+    """The family of that name."""
+    return cast("Family", importlib.import_module(f"{__name__}.{name}"))
+
+
+@lru_cache(maxsize=1024)
+def claiming_family(model_type: str) -> tuple[str, Family] | None:
+    """Name and module of the family that claims a model type; None when none does.
+
+    Only modules in whose text the type stands are imported: there are many, and start-up counts.
+    """
+    for name in family_names():
+        text = pkgutil.get_data(__name__, f"{name}.py") or b""
+        if model_type.encode(errors="replace") in text:
+            family = load_family(name)
+            if model_type in family.MODEL_TYPES:
+                return name, family
+    return None
 
 
 def describe(config: Mapping[str, Any]) -> Architecture:
@@ -134,14 +144,16 @@ class DecoderLevel(NamedTuple):
 
 def _family(level: DecoderLevel) -> tuple[str, Family] | None:
     """The family of a decoder, by name and module; None when there is none."""
-    found = families().get(level.model_type)
-    if found is None and encoder.claims(level.model_type):
-        return "encoder", cast("Family", encoder)
-    if found is None and class_defaults(level.model_type) is None:
-        nested = any(level.config.get(key) is not None for key in _OWN_NAMES)
-        if not nested and inferred.claims(level.config):
-            return "inferred", cast("Family", inferred)
-    return found
+    found = claiming_family(level.model_type)
+    if found is not None:
+        return found
+    known = class_defaults(level.model_type)
+    if known is not None:
+        return None if known.generates else ("encoder", load_family("encoder"))
+    nested = any(level.config.get(key) is not None for key in _OWN_NAMES)
+    if not nested and inferred.claims(level.config):
+        return "inferred", cast("Family", inferred)
+    return None
 
 
 _OWN_NAMES = ("text_config", "llm_config", "llm_cfg", "language_config", "thinker_config")

@@ -5,7 +5,7 @@ A causal convolution over `kernel` columns must keep the last kernel - 1; transf
 """
 
 from kvcalc.config import ConfigFields
-from kvcalc.layers.states import State
+from kvcalc.layers.states import State, StateLayer, state_layer
 
 FLOAT32 = "fp32"
 """What transformers' own kernels keep recurrent states in, whatever the model's dtype."""
@@ -42,6 +42,19 @@ def delta_rule(
         State("conv q, k", (key_heads, 2 * key_dim, columns), splits="key heads"),
         State("conv v", (value_heads, value_dim, columns), splits="value heads"),
         State("recurrent", (value_heads, key_dim, value_dim), FLOAT32, splits="value heads"),
+    )
+
+
+def delta_attention(*, heads: int, head_dim: int, columns: int) -> StateLayer:
+    """A layer of Kimi Delta Attention (arXiv:2510.26692): as many key as value heads, all alike."""
+    return state_layer(
+        delta_rule(
+            key_heads=heads,
+            value_heads=heads,
+            key_dim=head_dim,
+            value_dim=head_dim,
+            columns=columns,
+        )
     )
 
 

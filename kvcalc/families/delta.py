@@ -4,7 +4,7 @@ Three of four layers keep a convolution over q, k and v and a recurrent state fo
 the fourth keeps K and V (modeling_qwen3_next.py, transformers 5.23.0).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvcalc.config import ConfigFields
 from kvcalc.families._heads import full_attention
@@ -40,22 +40,25 @@ def transformers_layers(config: ConfigFields) -> tuple[Layer, ...]:
 
 
 def _layers(config: ConfigFields, *, extra_columns: int) -> tuple[Layer, ...]:
-    heads = config.count("num_attention_heads") if config.model_type == "olmo_hybrid" else 0
-    hidden_per_head = config.count("hidden_size") // heads if heads else 0
+    def width(key: str, by_rule: Callable[[], int]) -> int:
+        """A width of the states; OlmoHybridConfig derives those that a config leaves out."""
+        if config.model_type == "olmo_hybrid":
+            return config.optional_count(key) or by_rule()
+        return config.count(key)
+
+    def heads() -> int:
+        return config.count("num_attention_heads")
 
     def linear() -> Layer:
-        key_heads = config.optional_count("linear_num_key_heads") or heads
-        key_dim = config.optional_count("linear_key_head_dim") or int(0.75 * hidden_per_head)
+        key_dim = width(
+            "linear_key_head_dim", lambda: 3 * (config.count("hidden_size") // heads()) // 4
+        )
         return state_layer(
             delta_rule(
-                key_heads=key_heads or config.count("linear_num_key_heads"),
-                value_heads=config.optional_count("linear_num_value_heads")
-                or heads
-                or config.count("linear_num_value_heads"),
-                key_dim=key_dim or config.count("linear_key_head_dim"),
-                value_dim=config.optional_count("linear_value_head_dim")
-                or 2 * key_dim
-                or config.count("linear_value_head_dim"),
+                key_heads=width("linear_num_key_heads", heads),
+                value_heads=width("linear_num_value_heads", heads),
+                key_dim=key_dim,
+                value_dim=width("linear_value_head_dim", lambda: 2 * key_dim),
                 columns=config.count("linear_conv_kernel_dim") + extra_columns,
             )
         )

@@ -4,7 +4,7 @@ Types of which transformers 5.23.0 has masked-language or image models and none 
 no cache; `profiles/class_defaults.jsonl` marks them.
 """
 
-from kvcalc.config import ConfigFields, class_defaults
+from kvcalc.config import ConfigFields
 from kvcalc.layers import Layer
 from kvcalc.layers.mixed import NoCache
 
@@ -13,12 +13,6 @@ SOURCE = "a model that does not generate keeps no cache (model mappings of trans
 MODEL_TYPES: frozenset[str] = frozenset()
 
 UNDERSTANDS: frozenset[str] = frozenset()
-
-
-def claims(model_type: str) -> bool:
-    """Whether the table of classes says that no model of this type generates."""
-    known = class_defaults(model_type)
-    return known is not None and not known.generates
 
 
 def layers(config: ConfigFields) -> tuple[Layer, ...]:

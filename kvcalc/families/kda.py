@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from kvcalc.config import ConfigFields
 from kvcalc.families._kinds import FULL, LINEAR, build_layers, every, layer_kinds
 from kvcalc.families._latent import latent
-from kvcalc.families._states import delta_rule, linear_attention_fields
+from kvcalc.families._states import delta_attention, linear_attention_fields
 from kvcalc.layers import Layer
-from kvcalc.layers.states import state_layer
 
 SOURCE = "a latent in full layers, a constant state in KDA layers (arXiv:2510.26692)"
 
@@ -55,15 +54,7 @@ def _layers(config: ConfigFields, *, extra_columns: int) -> tuple[Layer, ...]:
             kernel = config.count("short_conv_kernel_size")
         else:
             heads, head_dim, kernel = linear_attention_fields(config)
-        return state_layer(
-            delta_rule(
-                key_heads=heads,
-                value_heads=heads,
-                key_dim=head_dim,
-                value_dim=head_dim,
-                columns=kernel + extra_columns,
-            )
-        )
+        return delta_attention(heads=heads, head_dim=head_dim, columns=kernel + extra_columns)
 
     return build_layers(
         config, layer_kinds(config, _kinds), {FULL: lambda: latent(config), LINEAR: linear}

@@ -15,7 +15,7 @@ from kvcalc.errors import UnsupportedError
 from kvcalc.families._heads import full_attention, num_layers
 from kvcalc.families._kinds import FULL, INDEXED, LINEAR, SLIDING, build_layers, every, layer_kinds
 from kvcalc.families._latent import latent
-from kvcalc.families._states import delta_rule, linear_attention_fields
+from kvcalc.families._states import delta_attention, delta_rule, linear_attention_fields
 from kvcalc.families.indexed import owners
 from kvcalc.layers import Layer
 from kvcalc.layers.mixed import Combined, IndexKeys, NoCache, SlidingLatent
@@ -79,15 +79,7 @@ def _glm_flash(config: ConfigFields, extra: int, *, exact: bool) -> tuple[Layer,
     """KDA layers, and latents whose index keys carry two poolings and a count."""
     del exact
     heads, head_dim, kernel = linear_attention_fields(config)
-    linear = state_layer(
-        delta_rule(
-            key_heads=heads,
-            value_heads=heads,
-            key_dim=head_dim,
-            value_dim=head_dim,
-            columns=kernel + extra,
-        )
-    )
+    linear = delta_attention(heads=heads, head_dim=head_dim, columns=kernel + extra)
     plain = latent(config, rope=config.number("qk_rope_head_dim") > 0)
     keys = IndexKeys(dim=2 * config.count("index_head_dim") + 1)
     indexed = Combined(kind=INDEXED, members=(plain, keys))

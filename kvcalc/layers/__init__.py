@@ -68,7 +68,7 @@ class Layer(Protocol):
 
 
 class PlainLayer:
-    """Base of layers that have no parts and need no setting."""
+    """Base of layers that have no parts, need no setting and grow along one line, if at all."""
 
     __slots__ = ()
 
@@ -84,6 +84,10 @@ class PlainLayer:
     def each(self, change: Callable[[Layer], Layer]) -> Layer:
         """What its only part becomes."""
         return change(cast("Layer", self))
+
+    def breakpoints(self) -> tuple[int, ...] | None:
+        """One straight line unless a subclass says otherwise."""
+        return ()
 
 
 class TokenLayer(PlainLayer):
@@ -107,10 +111,6 @@ class TokenLayer(PlainLayer):
     def num_bytes(self, *, tokens: int, batch: int, dtype: StorageFormat) -> int:
         """Rows of the tokens kept, for each sequence."""
         return batch * self.tokens_kept(tokens) * self.row_bytes(dtype)
-
-    def breakpoints(self) -> tuple[int, ...] | None:
-        """One straight line unless a subclass says otherwise."""
-        return ()
 
     def keeps(self) -> str:
         """Heads and widths."""
@@ -156,17 +156,10 @@ class FullAttention(HeadsLayer):
     value_dim: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SlidingAttention(HeadsLayer):
-    """Attention over the last `window` tokens, the new one among them.
+class Windowed:
+    """Mixed into layers that keep at most the last `window` tokens."""
 
-    With window 4, token 5 attends to [2 3 4 5]: min(tokens, window) rows must be kept.
-    """
-
-    kind: ClassVar[str] = "sliding_attention"
-    kv_heads: int
-    key_dim: int
-    value_dim: int
+    __slots__ = ()
     window: int
 
     def tokens_kept(self, tokens: int) -> int:
@@ -180,6 +173,20 @@ class SlidingAttention(HeadsLayer):
     def tokens_formula(self, tokens: int) -> str:
         """The minimum, spelled out."""
         return f"min({tokens:,}, window {self.window:,}) tokens"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlidingAttention(Windowed, HeadsLayer):
+    """Attention over the last `window` tokens, the new one among them.
+
+    With window 4, token 5 attends to [2 3 4 5]: min(tokens, window) rows must be kept.
+    """
+
+    kind: ClassVar[str] = "sliding_attention"
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+    window: int
 
 
 class ChunkedAttention(SlidingAttention):

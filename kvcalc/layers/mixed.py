@@ -7,7 +7,15 @@ from typing import ClassVar, Self
 
 from kvcalc.dtypes import FORMATS, StorageFormat
 from kvcalc.errors import InputError
-from kvcalc.layers import FullAttention, HeadsLayer, LatentAttention, Layer, PlainLayer, Setting
+from kvcalc.layers import (
+    FullAttention,
+    HeadsLayer,
+    LatentAttention,
+    Layer,
+    PlainLayer,
+    Setting,
+    Windowed,
+)
 from kvcalc.units import ceil_div
 
 
@@ -22,10 +30,6 @@ class NoCache(PlainLayer):
         """Nothing."""
         del tokens, batch, dtype
         return 0
-
-    def breakpoints(self) -> tuple[int, ...] | None:
-        """It never grows."""
-        return ()
 
     def shard(self, tp: int) -> Self:
         """Nothing on every rank."""
@@ -162,10 +166,6 @@ class IndexKeys(PlainLayer):
         """A key for each token."""
         return batch * tokens * self.key_bytes(dtype)
 
-    def breakpoints(self) -> tuple[int, ...] | None:
-        """One straight line."""
-        return ()
-
     def shard(self, tp: int) -> Self:
         """The whole key on every rank."""
         del tp
@@ -181,23 +181,11 @@ class IndexKeys(PlainLayer):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SlidingLatent(LatentAttention):
+class SlidingLatent(Windowed, LatentAttention):
     """Latent attention over the last `window` tokens."""
 
     kind: ClassVar[str] = "sliding_latent_attention"
     window: int
-
-    def tokens_kept(self, tokens: int) -> int:
-        """At most one window."""
-        return min(tokens, self.window)
-
-    def breakpoints(self) -> tuple[int, ...] | None:
-        """Growth stops when the window is full."""
-        return (self.window,)
-
-    def tokens_formula(self, tokens: int) -> str:
-        """The minimum, spelled out."""
-        return f"min({tokens:,}, window {self.window:,}) tokens"
 
 
 def with_cross_attention(layer: Layer, *, default_tokens: int | None = None) -> Layer:

@@ -44,10 +44,6 @@ class StateLayer(PlainLayer):
         del tokens
         return batch * sum(self._state_bytes(state, dtype) for state in self.states)
 
-    def breakpoints(self) -> tuple[int, ...] | None:
-        """It never grows."""
-        return ()
-
     def shard(self, tp: int) -> Self:
         """Each state's part."""
         return replace(

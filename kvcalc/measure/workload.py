@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-from kvcalc.errors import InputError
 from kvcalc.units import check_count, parse_tokens
 
 _MOST_TOKENS = 2**20
@@ -32,7 +31,5 @@ def checked_workload(
     check_count(decode, name="--decode", most=_MOST_TOKENS)
     check_count(batch, name="--batch", most=_MOST_TOKENS)
     check_count(repeats, name="--repeats", most=_MOST_RUNS)
-    if not 0 <= warmup <= _MOST_RUNS:
-        msg = f"--warmup must be from 0 to {_MOST_RUNS:,}, not {warmup}"
-        raise InputError(msg)
+    check_count(warmup, name="--warmup", least=0, most=_MOST_RUNS)
     return Workload(parse_tokens(seq), decode, batch, repeats, warmup, seed)

@@ -1,6 +1,7 @@
 """Reports for a person at a terminal, with rich. Nothing here computes a byte."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from shutil import get_terminal_size
 from typing import Any
 
 from rich.console import Console
@@ -68,7 +69,7 @@ def print_report(report: SizeReport, *, explain: bool = False) -> None:
         label = name.removesuffix("_bytes").replace("_", " ")
         out.print(f"{label}: {format_bytes(num_bytes)}  {num_bytes:,} bytes")
     out.print()
-    out.print(_layer_table(report))
+    _print_layers(out, report)
     if explain:
         out.print()
         _print_formulas(out, report)
@@ -212,8 +213,10 @@ def _setting(report: SizeReport, *, dtype: bool = True, sep: str = ", ") -> str:
     return sep + said if said else ""
 
 
-def _layer_table(report: SizeReport) -> Table:
+def _print_layers(out: Console, report: SizeReport) -> None:
+    """A line for each group; on a terminal what is kept, which may be long, folds in its column."""
     rows = table("Layers", "Kind", "Keeps for a token", "B/token", "Bytes")
+    rows.columns[2].no_wrap = False
     for group in report.groups:
         rows.add_row(
             str(len(group.indices)),
@@ -222,7 +225,7 @@ def _layer_table(report: SizeReport) -> Table:
             f"{group.bytes_per_token:,}",
             format_bytes(group.total_bytes),
         )
-    return rows
+    out.print(rows, width=get_terminal_size().columns if out.is_terminal else None)
 
 
 def _print_formulas(out: Console, report: SizeReport) -> None:

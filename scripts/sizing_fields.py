@@ -19,7 +19,8 @@ CACHE_FIELDS = frozenset(
     attn_window_size window_size interleaved_sliding_window attention_window_size
     sliding_window_attn_layers swa_layers hybrid_layer_pattern swa_num_attention_heads
     swa_num_key_value_heads swa_head_dim swa_v_head_dim attention_other_setting
-    sliding_attention_heads
+    sliding_attention_heads num_swa_attention_heads num_swa_key_value_heads
+    sliding_window_layers conv_window full_attention_idx
     global_head_dim num_global_key_value_heads attention_k_eq_v per_layer_config
     num_kv_shared_layers kv_source_layers kv_sharing_modes use_cla cla_share_factor
     hidden_size_per_layer_input block_configs num_attention_heads_per_layer

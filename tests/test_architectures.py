@@ -92,6 +92,20 @@ def test_states_of_repository_classes_are_constant():
     assert rwkv.total_bytes == 32 * (2 * 2560 * 2 + 40 * 64 * 64 * 4)
 
 
+def test_plamo_2_keeps_windows_and_states():
+    """One of two layers attends over its window, the others keep constant states; a config without
+    its window is refused.
+    """
+    config = dict(catalogue.find("pfnet/plamo-2-1b").config)
+    with pytest.raises(kvcalc.UnsupportedError, match="attention_window_size"):
+        kvcalc.size(config, seq=4096)
+    report = kvcalc.size(config | {"attention_window_size": 2048}, seq=4096, kv_dtype="bf16")
+    states = 8 * (32 * 128 * 3 * 2 + 32 * 128 * 64 * 4)
+    assert report.total_bytes == 8 * 2048 * 2 * 128 * 2 + states
+    full = config | {"full_attention_idx": list(range(16))}
+    assert kvcalc.size(full, seq=4096).total_bytes == 8 * 4096 * 2 * 128 * 2 + states
+
+
 def test_layers_may_share_what_another_keeps():
     """Cross-layer attention with a factor of 2 keeps K and V in every second layer."""
     config = dict(catalogue.find("tencent/Hunyuan-A13B-Instruct").config)

@@ -18,6 +18,7 @@ LINEAR = "linear_attention"
 INDEXED = "indexed_attention"
 CONVOLUTION = "conv"
 HYBRID = "hybrid"
+HYBRID_SLIDING = "hybrid_sliding"
 
 _SHORT = {FULL: "full", INDEXED: "indexed"}
 

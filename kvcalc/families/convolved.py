@@ -10,7 +10,15 @@ from types import MappingProxyType
 
 from kvcalc.config import ConfigFields
 from kvcalc.families._heads import full_attention, windowed
-from kvcalc.families._kinds import HYBRID, Rule, all_of, build_layers, every, layer_kinds
+from kvcalc.families._kinds import (
+    HYBRID,
+    HYBRID_SLIDING,
+    Rule,
+    all_of,
+    build_layers,
+    every,
+    layer_kinds,
+)
 from kvcalc.families._states import FLOAT32
 from kvcalc.layers import FullAttention, Layer
 from kvcalc.layers.mixed import Combined
@@ -19,8 +27,6 @@ from kvcalc.layers.states import State, state_layer
 SOURCE = "K and V, and the last inputs of convolutions (arXiv:2510.04476, modeling_inkling.py)"
 
 UNDERSTANDS = frozenset({"layer_types", "sliding_window", "swa_num_key_value_heads"})
-
-HYBRID_SLIDING = "hybrid_sliding"
 
 
 def _inkling_kinds(config: ConfigFields, count: int) -> Sequence[str]:

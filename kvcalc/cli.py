@@ -164,7 +164,7 @@ def profile(
         list[str] | None, typer.Option(help="Strategies: dynamic,int4:group=64.")
     ] = None,
     seq: Annotated[str, typer.Option(help="Tokens of the prompt.")] = "2k",
-    decode: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 32,
+    decode: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 33,
     batch: Annotated[int, typer.Option(help="Sequences at once.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto (the config's), fp32, bf16, fp16.")] = "auto",
@@ -174,27 +174,39 @@ def profile(
     layers: Annotated[
         int | None, typer.Option(help="Only the first N layers (random weights).")
     ] = None,
+    chunk: Annotated[str, typer.Option(help="Prefill in pieces of this many tokens.")] = "8k",
     repeats: Annotated[int, typer.Option(help="Timed runs.")] = 5,
     warmup: Annotated[int, typer.Option(help="Runs before the timed ones.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of weights and tokens.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     json: Json = False,
     out: Annotated[Path | None, typer.Option(help="Append each row to this JSONL file.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on with what --out has already.")] = False,
+    force: Annotated[bool, typer.Option(help="Try what will not fit in memory.")] = False,
 ) -> None:
-    """Run a real model under cache strategies: bytes held, peak, TTFT and TPOT."""
+    """Run a real model under cache strategies: bytes, peak, TTFT, TPOT, fidelity."""
     from kvcalc.measure import require_torch
     from kvcalc.measure.workload import checked_workload
     from kvcalc.strategies import load_strategies
 
     chosen = load_strategies(strategy or ["dynamic,static,int4"])
     workload = checked_workload(
-        seq=seq, decode=decode, batch=batch, repeats=repeats, warmup=warmup, seed=seed
+        seq=seq,
+        decode=decode,
+        batch=batch,
+        repeats=repeats,
+        warmup=warmup,
+        seed=seed,
+        chunk=chunk,
     )
+    if resume and out is None:
+        msg = "--resume goes on with a file: give --out"
+        raise InputError(msg)
     require_torch()
     from kvcalc.measure import profile as profiling
     from kvcalc.render import data, text
 
-    file = profiling.RowFile(out) if out else None
+    file = profiling.RowFile(out, resume=resume) if out else None
     loaded = profiling.load_model(
         model,
         weights=weights,
@@ -206,15 +218,30 @@ def profile(
     )
     rows: list[dict[str, Any]] = []
     try:
-        measured = profiling.profile(loaded, chosen, workload, file=file)
-        rows.extend(text.with_progress(measured, [one.spec for one in chosen]))
+        with (
+            profiling.claimed(loaded.device) as alone,
+            profiling.interrupts() as check,
+            text.progress() as show,
+        ):
+            if not alone:
+                _complain(f"another profile runs on {loaded.device}: both disturb each other")
+
+            def tell(what: str) -> None:
+                check()
+                show(what)
+
+            measured = profiling.profile(
+                loaded, chosen, workload, file=file, force=force, tell=tell
+            )
+            rows.extend(measured)
     finally:  # after Ctrl-C too: what was measured is shown
         if json:
             data.write_json({"schema": profiling.SCHEMA, "rows": rows})
         elif rows:
             text.print_profile(rows)
-        if len(rows) < len(chosen):
-            _complain(f"{len(rows)} of {len(chosen)} strategies measured")
+        finished = sum(row["status"] != "interrupted" for row in rows)
+        if finished < len(chosen):
+            _complain(f"{finished} of {len(chosen)} strategies measured")
     raise typer.Exit(profiling.exit_status(rows))
 
 

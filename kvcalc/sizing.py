@@ -338,6 +338,7 @@ def _stored_layers(
 
     It is the same for every length, and remembered: a sweep goes over many.
     """
+    chosen.it.check(layers.it)
     # Families repeat one object: telling objects apart first spares comparing every layer.
     objects: dict[int, tuple[Layer, list[int]]] = {}
     for index, layer in enumerate(layers.it):

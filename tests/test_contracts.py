@@ -14,7 +14,7 @@ import test_conformance
 import zoo
 
 import kvcalc
-from kvcalc import api, cli
+from kvcalc import api, cli, hardware
 from kvcalc.data import profiles_folder
 from kvcalc.strategies import load_strategy, strategy_names
 
@@ -56,7 +56,7 @@ RANKS = (
     ("dtypes", "origin"),
     ("layers", "config"),
     ("families", "strategies"),
-    ("engines",),
+    ("engines", "hardware"),
     ("sizing",),
     ("sources",),
     ("api",),
@@ -122,14 +122,16 @@ def test_every_strategy_has_promise_and_proof():
         assert all((strategy.SUMMARY, strategy.SOURCE, strategy.WORKS_ON))
 
 
-def test_every_profile_file_is_json():
-    """Every shipped JSON file parses, and no other kind of file lies there."""
+def test_every_profile_file_is_read():
+    """Every shipped file parses: JSON, JSON lines, the YAML of GPUs, and no other kind."""
     for path in profiles_folder().rglob("*"):
         if path.suffix == ".json":
             json.loads(path.read_text("utf-8"))
         elif path.suffix == ".jsonl":
             for line in path.read_text("utf-8").splitlines():
                 json.loads(line)
+        elif path.suffix == ".yaml" and path.parent == profiles_folder() / "gpus":
+            hardware.read_gpu(path)
         else:
             assert path.is_dir() or path.name == "README.md", path
 

@@ -163,7 +163,7 @@ SIZES["wide"] = SIZES["base"] | {
 SIZES["one KV head"] = SIZES["base"] | {
     "hidden": 48,
     "joined": 48,
-    "layers": 5,
+    "layers": 13,  # more than two periods of most patterns
     "kv_heads": 1,
     "head_dim": 16,
     "ssm_head_dim": 24,

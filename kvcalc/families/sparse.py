@@ -142,9 +142,14 @@ def _minimax(config: ConfigFields, extra: int, *, exact: bool) -> tuple[Layer, .
 
 
 def _qwen4(config: ConfigFields, extra: int, *, exact: bool) -> tuple[Layer, ...]:
-    """DeltaNet layers, and K and V with index keys; transformers keeps three positions a key."""
-    keys = IndexKeys(dim=config.count("indexer_head_dim"), position_bytes=0 if exact else 3 * 8)
-    indexed = Combined(kind=INDEXED, members=(full_attention(config), keys))
+    """DeltaNet layers, and K and V with index keys; transformers keeps three positions a token in
+    the first layer that has an indexer.
+    """
+    full = full_attention(config)
+    keys = IndexKeys(dim=config.count("indexer_head_dim"))
+    indexed = Combined(kind=INDEXED, members=(full, keys))
+    positions = 0 if exact else 3 * 8
+    first = Combined(kind=INDEXED, members=(full, replace(keys, position_bytes=positions)))
     states = delta_rule(
         key_heads=config.count("linear_num_key_heads"),
         value_heads=config.count("linear_num_value_heads"),
@@ -173,7 +178,7 @@ def _qwen4(config: ConfigFields, extra: int, *, exact: bool) -> tuple[Layer, ...
         if kind == LINEAR:  # the ids count layers from 1
             layers.append(linear_with if index + 1 in with_embedding else linear)
         else:
-            layers.append(indexed)
+            layers.append(indexed if INDEXED in kinds[:index] else first)
     return tuple(layers)
 
 

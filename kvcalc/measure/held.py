@@ -44,7 +44,12 @@ def _state_tensors(layer: object) -> Iterator[Tensor]:
 
 
 def _tensors(value: object) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and hasattr(value, "__tensor_flatten__"):
+        # A subclass that wraps tensors (quanto's) has no storage of its own and the size it stands
+        # for: what it holds is inside.
+        for name in value.__tensor_flatten__()[0]:
+            yield from _tensors(getattr(value, name))
+    elif isinstance(value, Tensor):
         yield value
     elif isinstance(value, dict):
         for item in value.values():

@@ -14,7 +14,7 @@ from kvcalc.config import class_defaults
 from kvcalc.engines import load_engine
 from kvcalc.errors import ConfigError, InputError, ModelNotFoundError
 from kvcalc.families import Architecture, decoder_level, describe
-from kvcalc.measure.record import available_memory
+from kvcalc.measure.record import free_memory
 from kvcalc.origin import Origin
 from kvcalc.sources.hub import check_reachable
 from kvcalc.sources.local import find_in_hf_cache
@@ -36,7 +36,7 @@ BUILT_IN_CONFIG: Mapping[str, Any] = {
 }
 """A small Llama with grouped-query attention; random weights, so only bytes and times mean much."""
 
-_TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _TILE = 2**20
 
@@ -51,6 +51,14 @@ class LoadedModel(NamedTuple):
     weights: str
     dtype: str
     device: torch.device
+
+    @property
+    def takes_chunks(self) -> bool:
+        """Whether a prompt may come in pieces: transformers' recurrent layers start anew when more
+        than one token comes at once.
+        """
+        parts = (part for layer in self.architecture.layers for part in layer.parts())
+        return not any(hasattr(part, "states") for part in parts)
 
 
 def pick_device(name: str) -> torch.device:
@@ -104,15 +112,15 @@ def load_model(
         if isinstance(architecture.model_dtype, ConfigError):
             raise architecture.model_dtype
         dtype_name = str(architecture.model_dtype.value)
-    if dtype_name not in _TORCH_DTYPES:
-        msg = f"--dtype {shown(dtype)} is no dtype to compute in; choose {', '.join(_TORCH_DTYPES)}"
+    if dtype_name not in TORCH_DTYPES:
+        msg = f"--dtype {shown(dtype)} is no dtype to compute in; choose {', '.join(TORCH_DTYPES)}"
         raise InputError(msg)
     load_engine("transformers").refuse(architecture, tp=1, pp=1)
     torch.manual_seed(seed)
     if weights == "random":
-        loaded = _random(decoder, origin, _TORCH_DTYPES[dtype_name], device)
+        loaded = _random(decoder, origin, TORCH_DTYPES[dtype_name], device)
     else:
-        loaded = _checkpoint(origin, _TORCH_DTYPES[dtype_name], device, revision)
+        loaded = _checkpoint(origin, TORCH_DTYPES[dtype_name], device, revision)
     loaded.eval()
     return LoadedModel(origin.resolved, loaded, architecture, origin, weights, dtype_name, device)
 
@@ -197,10 +205,7 @@ def _hf_config(config: Mapping[str, Any]) -> PreTrainedConfig:
 
 
 def _check_room(need_bytes: int, device: torch.device) -> None:
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-    else:
-        free_bytes = available_memory()
+    free_bytes = free_memory(device)
     if need_bytes > free_bytes:
         msg = (
             f"weights of {format_bytes(need_bytes)} do not fit in the {format_bytes(free_bytes)} "

@@ -1,18 +1,65 @@
-"""Profiling a model under several strategies, row by row."""
+"""Profiling a model under several strategies: counted one by one, then timed in turns.
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+Timed runs alternate (A B C A B C), so that what disturbs the machine for a while disturbs all of
+them alike. A row is complete after the last round.
+"""
 
-from kvcalc.errors import EXIT_BUG, PredictionBrokenError, UnsupportedError
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kvcalc.errors import EXIT_BUG, KvcalcError, PredictionBrokenError, UnsupportedError
+from kvcalc.measure import nvml
+from kvcalc.measure.counted import count
+from kvcalc.measure.fidelity import fidelity
+from kvcalc.measure.interrupt import interrupts
+from kvcalc.measure.light import achieved, speed_of_light
 from kvcalc.measure.models import LoadedModel, load_model, pick_device
-from kvcalc.measure.record import RowFile, conditions
-from kvcalc.measure.run import add_ratios, measure
+from kvcalc.measure.record import RowFile, claimed, conditions, free_memory
+from kvcalc.measure.session import Feed, Session, few_objects, random_feed, release, undisturbed
+from kvcalc.measure.timed import Run, summed_up, time_once
 from kvcalc.measure.workload import Workload
-from kvcalc.strategies import BASELINE, ChosenStrategy
+from kvcalc.sizing import SizeReport, size_architecture
+from kvcalc.strategies import BASELINE, ChosenStrategy, load_strategy
+from kvcalc.units import format_bytes
 
 SCHEMA = "kvcalc.profile/1"
+ROW_SCHEMA = "kvcalc.profile-row/1"
 
-__all__ = ["SCHEMA", "RowFile", "exit_status", "load_model", "pick_device", "profile"]
+__all__ = [
+    "SCHEMA",
+    "RowFile",
+    "claimed",
+    "exit_status",
+    "interrupts",
+    "load_model",
+    "pick_device",
+    "profile",
+]
+
+Tell = Callable[[str], None]
+
+
+def print_nothing(what: str) -> None:
+    """The `tell` of a caller who does not care."""
+    del what
+
+
+class Entry(NamedTuple):
+    """A strategy, the point it is measured at, its row so far and its timed runs."""
+
+    chosen: ChosenStrategy
+    point: dict[str, Any]
+    row: dict[str, Any]
+    runs: list[Run]
+
+    @property
+    def going(self) -> bool:
+        """Whether there is something left to time."""
+        return self.row["status"] in ("ok", "mismatch")
 
 
 def profile(
@@ -21,22 +68,317 @@ def profile(
     workload: Workload,
     *,
     file: RowFile | None = None,
+    force: bool = False,
+    tell: Tell = print_nothing,
 ) -> Iterator[dict[str, Any]]:
-    """Measure each strategy in turn; a row is in `file` before it is yielded.
+    """Measure the strategies; a row is in `file` before it is yielded.
 
-    A row that cannot be written is yielded all the same, and the OutputError follows.
+    `tell` is called with what is being measured. A row that cannot be written is yielded all the
+    same, and the OutputError follows; so are the rows of a run that is interrupted, as far as they
+    got.
     """
-    baseline = None
-    for chosen in strategies:
-        row = measure(loaded, chosen, workload, conditions(loaded.device))
-        if chosen.name == BASELINE:
-            baseline = row
-        add_ratios(row, baseline)
+    entries = [
+        _entry(loaded, chosen, workload, strategies[:place], file)
+        for place, chosen in enumerate(strategies)
+    ]
+    try:
+        with few_objects():
+            _count_all(loaded, entries, workload, file=file, force=force, tell=tell)
+            _time_all(loaded, entries, workload, file=file, tell=tell)
+    except BaseException:
+        for entry in entries:
+            if entry.row["held_bytes"] is not None:
+                row = _finished(entry, workload, entries[0])
+                if row["status"] == "ok" and len(entry.runs) < workload.repeats:
+                    row["status"] = "interrupted"
+                    row["reason"] = f"after {len(entry.runs)} of {workload.repeats} timed runs"
+                yield row
+        raise
+    for entry in entries:
+        row = _finished(entry, workload, entries[0])
         try:
-            if file is not None:
+            if file is not None and file.row(entry.point) is None:
                 file.append(row)
         finally:
             yield row
+    if file is not None:
+        file.close()
+
+
+def predict(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload) -> SizeReport:
+    """The promise that the measurement is held against."""
+    return size_architecture(
+        loaded.architecture,
+        origin=loaded.origin,
+        seq_tokens=workload.total_tokens,
+        batch=workload.batch,
+        kv_dtype=loaded.dtype,
+        engine="transformers",
+        strategy=chosen.spec,
+    )
+
+
+def _entry(
+    loaded: LoadedModel,
+    chosen: ChosenStrategy,
+    workload: Workload,
+    before: Sequence[ChosenStrategy],
+    file: RowFile | None,
+) -> Entry:
+    """A new row, or the one that `file` has already."""
+    about = conditions(loaded.device)
+    settings = {
+        "model_type": loaded.architecture.model_type,
+        "num_layers": len(loaded.architecture.layers),
+        "weights": loaded.weights,
+        "dtype": loaded.dtype,
+        "attention": loaded.model.config._attn_implementation,  # noqa: SLF001 - its only name
+        **workload._asdict(),
+        "chunk": min(workload.chunk, workload.prompt_tokens)
+        if loaded.takes_chunks
+        else workload.prompt_tokens,
+    }
+    point = {
+        "model": loaded.name,
+        "strategy": chosen.spec,
+        "copy": before.count(chosen),
+        **settings,
+        **{key: about[key] for key in ("torch", "transformers", "device", "threads")},
+    }
+    known = file.row(point) if file else None
+    row = known or {
+        "schema": ROW_SCHEMA,
+        "model": loaded.name,
+        "strategy": chosen.name,
+        "parameters": dict(chosen.parameters),
+        "status": "ok",
+        "reason": "",
+        "predicted_bytes": None,
+        "held_bytes": None,
+        "logical_bytes": None,
+        "after_prefill_bytes": None,
+        "prefill_peak_bytes": None,
+        "decode_peak_bytes": None,
+        "peak_bytes": None,
+        "ttft_seconds": None,
+        "first_decode_seconds": None,
+        "tpot_seconds": None,
+        "tokens_per_second": None,
+        "energy_joules_per_token": None,
+        "throttled": [],
+        "fidelity": None,
+        "speed_of_light": None,
+        "ratio_to_dynamic": None,
+        "layers": [],
+        "notes": [],
+        "point": point,
+        "conditions": {**about, **settings},
+    }
+    runs = []
+    for part in file.parts(point) if file and not known else []:
+        if "counted" in part:
+            row |= part["counted"]
+        elif "run" in part:
+            runs.append(Run(*part["run"]))
+    return Entry(chosen, point, row, runs)
+
+
+def _count_all(
+    loaded: LoadedModel,
+    entries: Sequence[Entry],
+    workload: Workload,
+    *,
+    file: RowFile | None,
+    force: bool,
+    tell: Tell,
+) -> None:
+    """Bytes, peaks and logits of each strategy that has none yet."""
+    missing = [entry for entry in entries if entry.row["held_bytes"] is None]
+    if not missing:
+        return
+    feed = random_feed(loaded, workload)
+    full: Tensor | None = None
+    if not any(entry.chosen.name == BASELINE for entry in missing):
+        tell(f"{BASELINE}: the answers of the full cache")
+        full = _full_logits(loaded, workload, feed)
+    for entry in missing:
+        tell(f"{entry.chosen.spec}: counting bytes")
+        with _guarded(entry, loaded):
+            predicted = predict(loaded, entry.chosen, workload)
+            entry.row["predicted_bytes"] = predicted.total_bytes
+            if not force:
+                _refuse_what_cannot_fit(loaded, predicted)
+            counted = count(loaded, entry.chosen, workload, feed, predicted)
+            if entry.chosen.name == BASELINE:
+                full = counted.logits
+            fields = dict(counted.fields)
+            fields["predicted_bytes"] = predicted.total_bytes
+            fields["notes"] = _explanations(counted.fields)
+            fields["speed_of_light"] = speed_of_light(
+                loaded, workload, predicted, recomputes=entry.chosen.recomputes
+            )
+            if full is not None:
+                fields["fidelity"] = fidelity(counted.logits, full)
+            entry.row.update(fields)
+            if file is not None:
+                file.append_part(entry.point, counted=fields)
+
+
+def _full_logits(loaded: LoadedModel, workload: Workload, feed: Feed) -> Tensor | None:
+    """The full cache's answers where it is not among the strategies; None when it cannot run."""
+    chosen = load_strategy(BASELINE)
+    try:
+        return count(loaded, chosen, workload, feed, predict(loaded, chosen, workload)).logits
+    except (KvcalcError, RuntimeError, MemoryError):
+        return None
+    finally:
+        release(loaded.device)
+
+
+def _time_all(
+    loaded: LoadedModel,
+    entries: Sequence[Entry],
+    workload: Workload,
+    *,
+    file: RowFile | None,
+    tell: Tell,
+) -> None:
+    """Warm up each strategy, then time all of them round by round."""
+    waiting = [
+        entry
+        for entry in entries
+        if entry.going and entry.row["tpot_seconds"] is None and len(entry.runs) < workload.repeats
+    ]
+    feed = random_feed(loaded, workload)
+    for entry in waiting:
+        for number in range(workload.warmup):
+            tell(f"{entry.chosen.spec}: warm-up {number + 1}")
+            with _guarded(entry, loaded):
+                time_once(loaded, entry.chosen, workload, feed)
+    for number in range(workload.repeats):
+        for entry in waiting:
+            if not entry.going or len(entry.runs) > number:
+                continue
+            tell(f"{entry.chosen.spec}: run {number + 1} of {workload.repeats}")
+            with _guarded(entry, loaded):
+                run = time_once(loaded, entry.chosen, workload, feed)
+                entry.runs.append(run)
+                entry.row["throttled"] = sorted(
+                    {*entry.row["throttled"], *nvml.throttling(loaded.device)}
+                )
+                if file is not None:
+                    file.append_part(entry.point, run=run)
+    for entry in waiting:
+        if entry.going and nvml.energy_joules(loaded.device) is not None:
+            with _guarded(entry, loaded):
+                entry.row["energy_joules_per_token"] = _energy(loaded, entry, workload, feed)
+
+
+def _energy(loaded: LoadedModel, entry: Entry, workload: Workload, feed: Feed) -> float | None:
+    """Joules of a decoded token, over one more run of decode steps."""
+    with undisturbed():
+        session = Session(loaded, entry.chosen, workload)
+        session.prefill(feed.prompt)
+        torch.cuda.synchronize(loaded.device)
+        start = nvml.energy_joules(loaded.device)
+        for step in feed.steps:
+            session.decode(step)
+        torch.cuda.synchronize(loaded.device)
+        end = nvml.energy_joules(loaded.device)
+    if start is None or end is None:
+        return None
+    return (end - start) / (workload.batch * workload.decode_tokens)
+
+
+@contextmanager
+def _guarded(entry: Entry, loaded: LoadedModel) -> Iterator[None]:
+    """What goes wrong in one strategy becomes its row's status and costs no other."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - whatever a strategy may raise
+        status, reason = _went_wrong(error, entry.row)
+        if entry.row["status"] == "mismatch":  # found before: the graver news stays first
+            status, reason = "mismatch", f"{entry.row['reason']}; then {reason}"
+        entry.row.update(status=status, reason=reason)
+        entry.runs.clear()
+    finally:
+        release(loaded.device)
+
+
+def _went_wrong(error: Exception, row: Mapping[str, Any]) -> tuple[str, str]:
+    if isinstance(error, KvcalcError):
+        return "refused", str(error)
+    if _is_out_of_memory(error):
+        predicted = row["predicted_bytes"]
+        cache = f"the cache alone takes {predicted:,} bytes; " if predicted else ""
+        return "out_of_memory", f"{cache}use a shorter --seq, a smaller --batch, or --layers N"
+    return "failed", f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return "can't allocate memory" in text or "not enough memory" in text
+
+
+def _refuse_what_cannot_fit(loaded: LoadedModel, predicted: SizeReport) -> None:
+    """Raise UnsupportedError before anything is run when the cache alone is larger than what is
+    free.
+    """
+    free_bytes = free_memory(loaded.device)
+    if predicted.total_bytes > free_bytes:
+        msg = (
+            f"the cache alone takes {format_bytes(predicted.total_bytes)} and "
+            f"{format_bytes(free_bytes)} are free on {loaded.device}; use a shorter --seq or a "
+            "smaller --batch (--force tries all the same)"
+        )
+        raise UnsupportedError(msg)
+
+
+def _explanations(fields: Mapping[str, Any]) -> list[str]:
+    """Why the bytes held are not those of the tensors, where they differ."""
+    notes = []
+    if fields["after_prefill_bytes"] > fields["held_bytes"]:
+        notes.append(
+            f"after the prefill {fields['after_prefill_bytes']:,} bytes were alive: window layers "
+            "are views of the whole piece until the first decode step"
+        )
+    if fields["held_bytes"] > fields["logical_bytes"]:
+        notes.append(
+            f"its tensors show {fields['logical_bytes']:,} bytes: some are views of larger storages"
+        )
+    return notes
+
+
+def _finished(entry: Entry, workload: Workload, first: Entry) -> dict[str, Any]:
+    """The row with times over its runs, the fractions of the ceilings and the ratios."""
+    row = entry.row
+    if row["tpot_seconds"] is None and entry.runs and entry.going:
+        row |= summed_up(entry.runs, batch=workload.batch)
+        row["speed_of_light"] |= achieved(row["speed_of_light"], row)
+    if first.chosen.name == BASELINE and row["held_bytes"] is not None:
+        row["ratio_to_dynamic"] = _ratios(row, first.row)
+    return row
+
+
+def _ratios(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Figures over those of the baseline; times are `alike` when they differ by no more than both
+    spreads together.
+    """
+    if not baseline["held_bytes"]:
+        return None
+    ratios: dict[str, Any] = {
+        "held": row["held_bytes"] / baseline["held_bytes"],
+        "peak": row["peak_bytes"] / baseline["peak_bytes"],
+    }
+    for name in ("ttft", "tpot"):
+        mine, other = row[f"{name}_seconds"], baseline[f"{name}_seconds"]
+        if mine and other:
+            ratios[name] = mine["median"] / other["median"]
+            difference = abs(mine["median"] - other["median"])
+            ratios[f"{name}_alike"] = difference <= mine["spread"] + other["spread"]
+    return ratios
 
 
 def exit_status(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -47,8 +389,8 @@ def exit_status(rows: Sequence[Mapping[str, Any]]) -> int:
     """
     found = [row["status"] for row in rows]
     if "mismatch" in found:
-        count = found.count("mismatch")
-        msg = f"{count} of {len(rows)} strategies held other bytes than predicted"
+        broken = found.count("mismatch")
+        msg = f"{broken} of {len(rows)} strategies held other bytes than predicted"
         raise PredictionBrokenError(msg)
     if "out_of_memory" in found:
         return PredictionBrokenError.exit_code

@@ -1,10 +1,14 @@
 """Measurement records: the conditions of a run, and appending rows to a file as they finish."""
 
 import datetime
+import fcntl
 import json
 import os
 import platform
 import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import torch
 
 import kvcalc
 from kvcalc.errors import OutputError
+from kvcalc.measure import nvml
 
 
 def conditions(device: torch.device) -> dict[str, Any]:
@@ -32,37 +37,108 @@ def conditions(device: torch.device) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def claimed(device: torch.device) -> Iterator[bool]:
+    """Whether this is the only profile on a device; it is told to others until the end."""
+    path = Path(tempfile.gettempdir()) / f"kvcalc-profile-{device.type}{device.index or 0}.lock"
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(path.open("a"))
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            alone = True
+        except BlockingIOError:
+            alone = False
+        except OSError:  # somebody else's file: nobody can tell
+            alone = True
+        yield alone
+
+
 class RowFile:
-    """An append-only file of JSON lines; each row is on disk when `append` returns.
+    """An append-only file of JSON lines; a row is on disk when `append` returns.
+
+    What is measured before a row is complete stands in a file beside it, PATH.parts, until `close`:
+    a run that was killed goes on from there. With `resume` the rows and parts that are there
+    already are found by `row` and `parts`.
 
     Raises OutputError when made for a path that cannot be written; nothing is left there then, or
     when no row follows.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
         self.path = path
+        self._parts_path = path.with_name(path.name + ".parts")
+        self._rows: dict[str, dict[str, Any]] = {}
+        self._parts: dict[str, list[dict[str, Any]]] = {}
         existed = path.exists()
-        self._write("")
+        self._write(path, "")
         if not existed:
             path.unlink()
+        if resume:
+            for row in _read_lines(path):
+                if row.get("status") == "ok" and "point" in row:
+                    self._rows[_key(row["point"])] = row
+            for part in _read_lines(self._parts_path):
+                self._parts.setdefault(_key(part["point"]), []).append(part)
+        else:
+            self._parts_path.unlink(missing_ok=True)
+
+    def row(self, point: dict[str, Any]) -> dict[str, Any] | None:
+        """The finished row of a point."""
+        return self._rows.get(_key(point))
+
+    def parts(self, point: dict[str, Any]) -> list[dict[str, Any]]:
+        """What had been measured of a point when its run ended."""
+        return self._parts.get(_key(point), [])
 
     def append(self, row: dict[str, Any]) -> None:
         """Add one row. Raises OutputError when it cannot be written."""
-        self._write(json.dumps(row) + "\n")
+        self._write(self.path, json.dumps(row) + "\n")
 
-    def _write(self, text: str) -> None:
+    def append_part(self, point: dict[str, Any], **part: object) -> None:
+        """Add a part of a row to come."""
+        self._write(self._parts_path, json.dumps({"point": point, **part}) + "\n")
+
+    def close(self) -> None:
+        """All rows are written: their parts are not needed any more."""
+        self._parts_path.unlink(missing_ok=True)
+
+    def _write(self, path: Path, text: str) -> None:
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
+            with path.open("ab+") as file:
+                # A line that a kill tore stays alone.
+                if text and file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    text = text if file.read(1) == b"\n" else "\n" + text
+                file.write(text.encode())
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            msg = f"cannot write to {self.path}: {error.strerror}; choose another --out"
+            msg = f"cannot write to {path}: {error.strerror}; choose another --out"
             raise OutputError(msg) from None
 
 
-def available_memory() -> int:
-    """Bytes that this process may still take: what the kernel can free, within the cgroup."""
+def _key(point: dict[str, Any]) -> str:
+    return json.dumps(point, sort_keys=True)
+
+
+def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, without a line that was torn."""
+    for line in _lines(str(path)):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be taken on a device; on the CPU what the kernel can free, within the
+    cgroup.
+    """
+    if device.type == "cuda":
+        free_bytes: int = torch.cuda.mem_get_info(device)[0]
+        return free_bytes
     available = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
@@ -112,22 +188,8 @@ def _hardware(device: torch.device) -> dict[str, Any]:
 def _gpu(device: torch.device) -> dict[str, Any]:
     """What torch knows of the GPU, and what its driver says of its clocks and power."""
     properties = torch.cuda.get_device_properties(device)
-    facts = {"processor": properties.name, "memory_bytes": properties.total_memory}
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-        facts |= {
-            "driver": pynvml.nvmlSystemGetDriverVersion(),
-            "sm_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_MEM),
-            "power_limit_milliwatts": pynvml.nvmlDeviceGetEnforcedPowerLimit(handle),
-            "used_bytes": pynvml.nvmlDeviceGetMemoryInfo(handle).used,
-        }
-    except Exception as error:  # noqa: BLE001 - conditions are context, never a reason to fail
-        facts["driver"] = f"not readable ({type(error).__name__})"
-    return facts
+    known = {"processor": properties.name, "memory_bytes": properties.total_memory}
+    return known | nvml.facts(device)
 
 
 def _processor() -> str:

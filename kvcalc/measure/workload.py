@@ -9,7 +9,9 @@ _MOST_RUNS = 1000
 
 
 class Workload(NamedTuple):
-    """What every strategy is put through. Token counts are for each of `batch` sequences."""
+    """What every strategy is put through. Token counts are for each of `batch` sequences; a prompt
+    comes in pieces of at most `chunk` tokens.
+    """
 
     prompt_tokens: int
     decode_tokens: int
@@ -17,6 +19,7 @@ class Workload(NamedTuple):
     repeats: int
     warmup: int
     seed: int
+    chunk: int = 8192
 
     @property
     def total_tokens(self) -> int:
@@ -25,11 +28,12 @@ class Workload(NamedTuple):
 
 
 def checked_workload(
-    *, seq: str, decode: int, batch: int, repeats: int, warmup: int, seed: int
+    *, seq: str, decode: int, batch: int, repeats: int, warmup: int, seed: int, chunk: str
 ) -> Workload:
     """A workload from what the user gave; InputError for a value out of range."""
     check_count(decode, name="--decode", most=_MOST_TOKENS)
     check_count(batch, name="--batch", most=_MOST_TOKENS)
     check_count(repeats, name="--repeats", most=_MOST_RUNS)
     check_count(warmup, name="--warmup", least=0, most=_MOST_RUNS)
-    return Workload(parse_tokens(seq), decode, batch, repeats, warmup, seed)
+    pieces = parse_tokens(chunk, name="--chunk")
+    return Workload(parse_tokens(seq), decode, batch, repeats, warmup, seed, pieces)

@@ -1,11 +1,11 @@
 """Reports for a person at a terminal, with rich. Nothing here computes a byte."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from shutil import get_terminal_size
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -286,15 +286,12 @@ def print_strategies(rows: Sequence[Mapping[str, Any]]) -> None:
         out.print(f"  works on {row['works_on']}; source: {row['source']}", style="dim")
 
 
-def with_progress(rows: Iterable[dict[str, Any]], names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The rows as they come, with a bar on standard error when that is a terminal."""
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A function that shows what is going on, on standard error when that is a terminal."""
     out = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=out, transient=True, disable=not out.is_terminal) as progress:
-        task = progress.add_task(names[0], total=len(names))
-        for done, row in enumerate(rows, start=1):
-            progress.update(task, completed=done, description=names[min(done, len(names) - 1)])
-            yield row
+    with out.status("starting") if out.is_terminal else nullcontext() as status:
+        yield lambda what: status.update(what) if status else None
 
 
 def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:
@@ -308,19 +305,13 @@ def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:
         style="bold",
     )
     out.print()
-    shown = table("Strategy", "Held", "vs dyn.", "Peak", "TTFT ms", "TPOT ms", "tok/s")
+    shown = table(
+        "Strategy", "Held", "vs dyn.", "Peak", "TTFT ms", "TPOT ms", "p90", "vs dyn.", "KL", "top-1"
+    )
     labels = _labels(rows)
     for label, row in zip(labels, rows, strict=True):
         if row["tpot_seconds"]:
-            shown.add_row(
-                label,
-                format_bytes(row["held_bytes"]),
-                f"{row['ratio_to_dynamic']['held']:.3f}×",
-                format_bytes(row["peak_bytes"]),
-                _milliseconds(row["ttft_seconds"]),
-                _milliseconds(row["tpot_seconds"]),
-                f"{row['tokens_per_second']:,.0f}",
-            )
+            shown.add_row(label, *_figures(row))
         else:
             shown.add_row(label, row["status"].replace("_", " "))
     out.print(shown)
@@ -348,6 +339,20 @@ def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:
             "times are disturbed, bytes are not",
             style="yellow",
         )
+
+
+def _figures(row: Mapping[str, Any]) -> Iterator[str]:
+    """The cells of a measured row after its name."""
+    ratios, fidelity, tpot = row["ratio_to_dynamic"], row["fidelity"], row["tpot_seconds"]
+    yield format_bytes(row["held_bytes"])
+    yield f"{ratios['held']:.3f}×" if ratios else ""
+    yield format_bytes(row["peak_bytes"])
+    yield _milliseconds(row["ttft_seconds"])
+    yield _milliseconds(tpot)
+    yield f"{tpot['p90'] * 1000:,.2f}"
+    yield f"{'≈' * ratios['tpot_alike']}{ratios['tpot']:.2f}×" if ratios else ""
+    yield f"{fidelity['kl_mean']:.1e}" if fidelity else ""
+    yield f"{fidelity['top1_agreement']:.0%}" if fidelity else ""
 
 
 def _labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -8,7 +8,7 @@ imports torch.
 import importlib
 import pkgutil
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, cast
@@ -21,7 +21,14 @@ BASELINE = "dynamic"
 
 
 class Strategy(Protocol):
-    """What a folder of this package offers."""
+    """What a folder of this package offers.
+
+    It may also offer
+
+    - `check(layers, parameters)`, which is called once with all layers of a model, before `apply`,
+      and raises UnsupportedError for a model that the strategy cannot take as a whole;
+    - `RECOMPUTES = True`, where nothing is cached and each step is run with the whole sequence.
+    """
 
     SUMMARY: str
     SOURCE: str
@@ -54,6 +61,17 @@ class ChosenStrategy(NamedTuple):
         if not self.parameters:
             return self.name
         return f"{self.name}:" + ",".join(f"{key}={val}" for key, val in self.parameters.items())
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether each step must be given the whole sequence, for want of a cache."""
+        return bool(getattr(self.strategy, "RECOMPUTES", False))
+
+    def check(self, layers: Sequence[Layer]) -> None:
+        """Raise UnsupportedError for a model that the strategy cannot take as a whole."""
+        check = getattr(self.strategy, "check", None)
+        if check is not None:
+            check(layers, self.parameters)
 
     def apply(self, layer: Layer) -> Layer:
         """What a layer keeps under this strategy, part by part."""

@@ -65,6 +65,11 @@ class Storage(DynamicLayer):  # type: ignore[no-untyped-call]
         """Tokens seen, which is what positions are counted from."""
         return self.num_tokens
 
+    def reset(self) -> None:
+        """Back to empty; storage is let go at once."""
+        super().reset()
+        self.num_tokens = 0
+
     def crop(self, tokens_to_remove: int) -> None:
         """Not written: speculative decoding."""
         self._refuse("crop", tokens_to_remove)
@@ -88,15 +93,31 @@ class Storage(DynamicLayer):  # type: ignore[no-untyped-call]
 
 
 def stored(config: "PreTrainedConfig", storage: type[Storage], **settings: object) -> "Cache":
-    """An empty cache of the model whose attention layers keep K and V in a `storage`, with
-    `settings` as attributes.
+    """An empty cache of the model whose layers for the decoder's tokens keep K and V in a
+    `storage`, with `settings` as attributes.
 
-    Layers that transformers' own `cache_utils` does not define are left as they are.
+    Left as they are: layers that transformers' own `cache_utils` does not define, and cross
+    attention among a decoder's own layers (Mllama). Raises UnsupportedError like `check_readers`.
     """
+    check_readers(config)
     cache = DynamicCache(config=config)
-    for layer in cache.layers:
-        replace_storage(layer, storage, **settings)
+    crossed = getattr(config.get_text_config(decoder=True), "cross_attention_layers", None) or ()
+    for index, layer in enumerate(cache.layers):
+        if index not in crossed:
+            replace_storage(layer, storage, **settings)
     return cache
+
+
+READ_PAST_IT = frozenset({"diffusion_gemma_text", "glm5_next_text"})
+"""Decoders whose modeling file takes a layer's `keys` for all of its keys (transformers 5.23.0)."""
+
+
+def check_readers(config: "PreTrainedConfig") -> None:
+    """Raise UnsupportedError for a model that reads stored keys past its cache's interface."""
+    model_type = config.get_text_config(decoder=True).model_type
+    if model_type in READ_PAST_IT:
+        msg = f"model_type {model_type!r} reads stored keys past the interface of its cache"
+        raise UnsupportedError(msg)
 
 
 def replace_storage(layer: object, storage: type[Storage], **settings: object) -> None:

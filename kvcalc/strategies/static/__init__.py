@@ -1,20 +1,25 @@
 """A cache allocated once for the whole sequence, written in place."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from kvcalc.dtypes import StorageFormat
 from kvcalc.errors import UnsupportedError
-from kvcalc.layers import FullAttention, LatentAttention, Layer, PlainLayer, SlidingAttention
+from kvcalc.layers import Layer, PlainLayer
+from kvcalc.layers.mixed import CrossAttention, IndexKeys, NoCache
+from kvcalc.layers.states import StateLayer
+from kvcalc.strategies._rows import AttentionLayer
 
 SUMMARY = "allocated once at full length and written in place (prompt + generated tokens)"
 SOURCE = "transformers StaticCache"
-WORKS_ON = "full-attention, window and latent layers"
+WORKS_ON = "full-attention, window and latent layers and index keys; states are as they are"
 PARAMETERS: Mapping[str, int] = {}
 
 COUNTER_BYTES = 8
-"""The int64 position at which a layer writes next, kept on the device beside K and V."""
+"""The int64 position at which a layer writes next, kept on the device beside K and V. Index keys
+have one of their own.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +54,30 @@ class PreallocatedLayer(PlainLayer):
 
 
 def apply(layer: Layer, parameters: Mapping[str, int]) -> Layer:
-    """The same rows, all of them allocated at once."""
+    """The same rows and index keys, all of them allocated at once; states as they are.
+
+    Raises UnsupportedError for a layer that transformers keeps in no static form.
+    """
     del parameters
-    if not isinstance(layer, FullAttention | SlidingAttention | LatentAttention):
-        msg = f"static does not cover layers of kind {layer.kind}"
-        raise UnsupportedError(msg)
-    return PreallocatedLayer(layer=layer)
+    if isinstance(layer, AttentionLayer | IndexKeys):
+        return PreallocatedLayer(layer=layer)
+    if isinstance(layer, StateLayer | NoCache | CrossAttention):
+        return layer
+    msg = f"static: transformers has no static cache for layers of kind {layer.kind}; use dynamic"
+    raise UnsupportedError(msg)
+
+
+def check(layers: Sequence[Layer], parameters: Mapping[str, int]) -> None:
+    """Raise UnsupportedError where index keys stand alone: the counter of the rows that such a
+    layer could have kept is there all the same, and no part of the layer would count it.
+    """
+    del parameters
+    for layer in layers:
+        parts = layer.parts()
+        rows = any(isinstance(part, AttentionLayer) for part in parts)
+        if not rows and any(isinstance(part, IndexKeys) for part in parts):
+            msg = (
+                "static does not cover layers that keep index keys and share K and V; use dynamic; "
+                "deciding field: kv_source_layers"
+            )
+            raise UnsupportedError(msg)

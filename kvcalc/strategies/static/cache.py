@@ -5,14 +5,33 @@ from typing import TYPE_CHECKING
 
 from transformers import StaticCache
 
+from kvcalc.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from transformers.cache_utils import Cache
+
+_TAKE_ROOM_FOR_TOKENS = frozenset(
+    {"doge", "gpt_neo", "inkling2_text", "inkling_text", "prophetnet"}
+)
+"""Types whose attention takes the length of the keys for that of the sequence: with rows that are
+still empty they fail or say something else than with a growing cache (run on transformers 5.23.0).
+"""
 
 
 def build(
     config: "PreTrainedConfig", *, capacity_tokens: int, parameters: Mapping[str, int]
 ) -> "Cache":
-    """An empty cache that will hold `capacity_tokens` tokens."""
+    """An empty cache that will hold `capacity_tokens` tokens.
+
+    Raises UnsupportedError for a model type that does not work with one.
+    """
     del parameters
+    model_type = config.get_text_config(decoder=True).model_type
+    if model_type in _TAKE_ROOM_FOR_TOKENS:
+        msg = (
+            f"static: {model_type} takes rows that are still empty for tokens; use dynamic; "
+            "deciding field: model_type"
+        )
+        raise UnsupportedError(msg)
     return StaticCache(config=config, max_cache_len=capacity_tokens)

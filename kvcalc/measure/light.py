@@ -1,0 +1,183 @@
+"""The speed of light: how fast a phase could be if the device did nothing but what must be done.
+
+Prefill is bound by arithmetic, a decode step by reading all weights and the cache once. The
+ceilings are a known GPU's published figures, else what a short copy and a matrix product reach
+here. What is counted: two operations for each weight and token, and causal attention
+(arXiv:2205.14135, section 3.1, counts alike); reads of the embedding table are left out.
+"""
+
+import time
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+
+from kvcalc.hardware import find_gpu
+from kvcalc.measure.models import TORCH_DTYPES, LoadedModel
+from kvcalc.measure.workload import Workload
+from kvcalc.sizing import SizeReport
+
+_PROBE_BYTES = 2**27
+_PROBE_SIDE = 1024
+_PROBE_SECONDS = 0.15
+
+
+class Ceilings(NamedTuple):
+    """What a device can do at most, and who says so."""
+
+    bytes_per_second: float
+    flops_per_second: float
+    source: str
+
+
+class Work(NamedTuple):
+    """What one step must do: bytes to read, and floating-point operations."""
+
+    num_bytes: int
+    flops: int
+
+    def seconds(self, ceilings: Ceilings) -> float:
+        """The longer of reading and computing, as if they overlapped wholly."""
+        reading = self.num_bytes / ceilings.bytes_per_second
+        return max(reading, self.flops / ceilings.flops_per_second)
+
+
+def speed_of_light(
+    loaded: LoadedModel, workload: Workload, predicted: SizeReport, *, recomputes: bool
+) -> dict[str, Any]:
+    """Predicted TTFT and TPOT, and what they were predicted from."""
+    ceilings = device_ceilings(loaded.device, loaded.dtype)
+    prefill = prefill_work(loaded, workload.prompt_tokens, workload.batch)
+    if recomputes:
+        decode = prefill_work(loaded, workload.total_tokens, workload.batch)
+    else:
+        decode = decode_work(loaded, workload, predicted.total_bytes)
+    return {
+        "ttft_seconds": prefill.seconds(ceilings),
+        "tpot_seconds": decode.seconds(ceilings),
+        "prefill": prefill._asdict(),
+        "decode": decode._asdict(),
+        "ceilings": ceilings._asdict(),
+    }
+
+
+def achieved(light: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
+    """The fraction of the ceilings that was reached: of compute in prefill, of bandwidth in a
+    decode step.
+    """
+    ceilings = light["ceilings"]
+    ttft, tpot = row["ttft_seconds"]["median"], row["tpot_seconds"]["median"]
+    return {
+        "compute_fraction": light["prefill"]["flops"] / ttft / ceilings["flops_per_second"],
+        "bandwidth_fraction": light["decode"]["num_bytes"] / tpot / ceilings["bytes_per_second"],
+    }
+
+
+def prefill_work(loaded: LoadedModel, tokens: int, batch: int) -> Work:
+    """One pass over `tokens` tokens of each sequence; the head sees the last of them only."""
+    weights = _matrices(loaded.model)
+    head = weights.pop("head", 0)
+    experts = weights.pop("experts", 0)
+    per_token = sum(weights.values()) + int(experts * _active_fraction(loaded.model.config))
+    attention = sum(_attention_flops(loaded, layer, tokens) for layer in loaded.architecture.layers)
+    flops = batch * (2 * per_token * tokens + 2 * head + attention)
+    width = TORCH_DTYPES[loaded.dtype].itemsize
+    return Work((sum(weights.values()) + head + experts) * width, flops)
+
+
+def decode_work(loaded: LoadedModel, workload: Workload, cache_bytes: int) -> Work:
+    """One token of each sequence: every weight that it uses, and the whole cache, are read once."""
+    weights = _matrices(loaded.model)
+    experts = weights.pop("experts", 0)
+    active = _active_fraction(loaded.model.config)
+    used = min(1.0, workload.batch * active)
+    per_token = sum(weights.values()) + int(experts * active)
+    read = sum(weights.values()) + int(experts * used)
+    flops = workload.batch * 2 * per_token
+    return Work(read * TORCH_DTYPES[loaded.dtype].itemsize + cache_bytes, flops)
+
+
+def _matrices(model: PreTrainedModel) -> dict[str, int]:
+    """Weights that a token is multiplied with: of the output head, of experts, and of the rest."""
+    counts: dict[str, int] = {}
+    head: Any = model.get_output_embeddings()
+    table: Any = model.get_input_embeddings()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2 or parameter is table.weight or parameter is head.weight:
+            continue
+        kind = "experts" if ".experts." in name else "rest"
+        counts[kind] = counts.get(kind, 0) + parameter.numel()
+    counts["head"] = head.weight.numel()
+    return counts
+
+
+def _active_fraction(config: Any) -> float:  # noqa: ANN401 - a transformers configuration
+    """The part of the experts that a token is sent to."""
+    text = config.get_text_config(decoder=True)
+    chosen = getattr(text, "num_experts_per_tok", None)
+    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
+        total = getattr(text, key, None)
+        if chosen and total:
+            return float(chosen / total)
+    return 1.0
+
+
+def _attention_flops(loaded: LoadedModel, layer: Any, tokens: int) -> int:  # noqa: ANN401
+    """Scores and weighted sums of one sequence: each query sees the tokens before it that are
+    kept, so about half of them where none is dropped.
+    """
+    text: Any = loaded.model.config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None) or 0
+    flops = 0
+    for part in layer.parts():
+        if not hasattr(part, "rows"):
+            continue
+        kept = part.tokens_kept(tokens)
+        pairs = kept * (kept + 1) // 2 + (tokens - kept) * kept
+        _, key_dim, value_dim = part.rows()
+        flops += 2 * heads * pairs * (key_dim + (value_dim or key_dim))
+    return flops
+
+
+def device_ceilings(device: torch.device, dtype: str) -> Ceilings:
+    """Published figures of a known GPU at 16 bits, else measured ones."""
+    if device.type == "cuda":
+        gpu = find_gpu(torch.cuda.get_device_name(device))
+        if gpu and dtype != "fp32" and gpu.bandwidth_bytes_per_second and gpu.bf16_flops:
+            bandwidth, flops = gpu.bandwidth_bytes_per_second.value, gpu.bf16_flops.value
+            if bandwidth and flops:
+                return Ceilings(bandwidth, flops, f"published figures of {gpu.name}")
+    return _probed(device, dtype)
+
+
+@cache
+def _probed(device: torch.device, dtype: str) -> Ceilings:
+    kind = TORCH_DTYPES[dtype]
+    source = torch.ones(_PROBE_BYTES // kind.itemsize, dtype=kind, device=device)
+    target = torch.empty_like(source)
+    square = torch.ones(_PROBE_SIDE, _PROBE_SIDE, dtype=kind, device=device)
+    result = torch.empty_like(square)
+    copy_seconds = _best(lambda: target.copy_(source), device)
+    product_seconds = _best(lambda: torch.mm(square, square, out=result), device)
+    return Ceilings(
+        2 * _PROBE_BYTES / copy_seconds,
+        2 * _PROBE_SIDE**3 / product_seconds,
+        f"measured here: a copy of {_PROBE_BYTES // 2**20} MiB and a {_PROBE_SIDE}² product",
+    )
+
+
+def _best(action: Any, device: torch.device) -> float:  # noqa: ANN401 - any callable
+    """The shortest of the repetitions that fit in a moment, the first left out."""
+    times: list[float] = []
+    action()
+    end = time.perf_counter() + _PROBE_SECONDS
+    while time.perf_counter() < end or not times:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        action()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)

@@ -1,0 +1,18 @@
+"""4-bit keys and values by hqq, as transformers' QuantizedCache has it."""
+
+from collections.abc import Mapping
+
+from kvcalc.layers import Layer
+from kvcalc.strategies import _library
+from kvcalc.strategies._library import PARAMETERS, SOURCE, WORKS_ON
+
+__all__ = ["PARAMETERS", "SOURCE", "SUMMARY", "WORKS_ON", "apply"]
+
+SUMMARY = "4-bit by hqq, requantised whole every `residual` tokens"
+
+BACKEND, BITS = "hqq", 4
+
+
+def apply(layer: Layer, parameters: Mapping[str, int]) -> Layer:
+    """The layer as the library quantises it, see `_library`."""
+    return _library.apply(layer, parameters, backend=BACKEND, bits=BITS)

@@ -241,12 +241,17 @@ class ConfigFields:
         return inner
 
     def layer(self, index: int) -> "ConfigFields | None":
-        """What `per_layer_config`, as transformers saves it, says of one layer; None without it."""
+        """What `per_layer_config`, as transformers saves it, says of one layer; None without it.
+
+        Its keys are layer numbers, as wide as the last of them: "2", or "02" among ten or more.
+        """
         saved = self.nested("per_layer_config")
         if saved is None:
             return None
-        own = saved.nested(str(index)) if str(index) in saved.data else None
-        return own or ConfigFields({}, model_type="", prefix=f"{saved.prefix}{index}.")
+        for key in saved.data:
+            if isinstance(key, str) and (key.lstrip("0") or key[-1:]) == str(index):
+                return saved.nested(key)
+        return ConfigFields({}, model_type="", prefix=f"{saved.prefix}{index}.")
 
     def _record(self, key: str, value: object, origin: str) -> object:
         self._used.setdefault(self.prefix + key, FieldUse(self.prefix + key, value, origin))

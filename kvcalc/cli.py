@@ -161,7 +161,7 @@ def profile(
         str | None, typer.Argument(metavar="[MODEL]", help="Like size; none: built in.")
     ] = None,
     strategy: Annotated[
-        list[str] | None, typer.Option(help="Strategies: dynamic,int4:group=64.")
+        list[str] | None, typer.Option(help="Strategies: dynamic,int4:group=64; all.")
     ] = None,
     seq: Annotated[str, typer.Option(help="Tokens of the prompt.")] = "2k",
     decode: Annotated[int, typer.Option(help="Tokens decoded after it.")] = 33,
@@ -177,6 +177,8 @@ def profile(
     chunk: Annotated[str, typer.Option(help="Prefill in pieces of this many tokens.")] = "8k",
     repeats: Annotated[int, typer.Option(help="Timed runs.")] = 5,
     warmup: Annotated[int, typer.Option(help="Runs before the timed ones.")] = 1,
+    depth: Annotated[float, typer.Option(help="Place of the built-in model's needle.")] = 0.5,
+    text: Annotated[Path | None, typer.Option(help="A text to feed; gives perplexity.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of weights and tokens.")] = 0,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     json: Json = False,
@@ -187,7 +189,7 @@ def profile(
     """Run a real model under cache strategies: bytes, peak, TTFT, TPOT, fidelity."""
     from kvcalc.measure import require_torch
     from kvcalc.measure.workload import checked_workload
-    from kvcalc.strategies import load_strategies
+    from kvcalc.strategies import ALL, load_strategies
 
     chosen = load_strategies(strategy or ["dynamic,static,int4"])
     workload = checked_workload(
@@ -198,13 +200,15 @@ def profile(
         warmup=warmup,
         seed=seed,
         chunk=chunk,
+        depth=depth,
     )
     if resume and out is None:
         msg = "--resume goes on with a file: give --out"
         raise InputError(msg)
     require_torch()
     from kvcalc.measure import profile as profiling
-    from kvcalc.render import data, text
+    from kvcalc.render import data
+    from kvcalc.render import text as screen
 
     file = profiling.RowFile(out, resume=resume) if out else None
     loaded = profiling.load_model(
@@ -221,7 +225,7 @@ def profile(
         with (
             profiling.claimed(loaded.device) as alone,
             profiling.interrupts() as check,
-            text.progress() as show,
+            screen.progress() as show,
         ):
             if not alone:
                 _complain(f"another profile runs on {loaded.device}: both disturb each other")
@@ -231,17 +235,19 @@ def profile(
                 show(what)
 
             measured = profiling.profile(
-                loaded, chosen, workload, file=file, force=force, tell=tell
+                loaded, chosen, workload, text=text, file=file, force=force, tell=tell
             )
             rows.extend(measured)
     finally:  # after Ctrl-C too: what was measured is shown
         if json:
             data.write_json({"schema": profiling.SCHEMA, "rows": rows})
         elif rows:
-            text.print_profile(rows)
+            screen.print_profile(rows)
         finished = sum(row["status"] != "interrupted" for row in rows)
         if finished < len(chosen):
             _complain(f"{finished} of {len(chosen)} strategies measured")
+    if ALL in ",".join(strategy or []).split(","):  # of all, some will not apply
+        rows = [row for row in rows if row["status"] != "refused"]
     raise typer.Exit(profiling.exit_status(rows))
 
 

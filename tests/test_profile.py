@@ -5,15 +5,18 @@ import os
 
 import pytest
 import torch
+import zoo
 from tiny import build as build_tiny
 from tiny import tiny_config
 
 from kvcalc import cli
 from kvcalc.errors import OutputError
+from kvcalc.families import describe
 from kvcalc.measure import models, profile
 from kvcalc.measure.peak import peak_memory
 from kvcalc.measure.record import RowFile
 from kvcalc.measure.workload import Workload
+from kvcalc.origin import Origin
 from kvcalc.strategies import load_strategy, strategy_names
 from kvcalc.strategies.static import cache as static_cache
 
@@ -191,7 +194,7 @@ def test_ctrl_c_keeps_the_finished_rows(capsys, monkeypatch, tmp_path):
     monkeypatch.undo()
     status, rows = rows_of(capsys, "--strategy", "dynamic", "--out", str(out), "--resume")
     assert status == 0
-    assert rows[0]["conditions"]["time"] > row["conditions"]["time"]
+    assert rows[0]["layers"] == row["layers"]
     assert not out.with_name("rows.jsonl.parts").exists()
 
 
@@ -333,3 +336,105 @@ def test_every_strategy_promises_what_it_holds(model_type, name, tmp_path):
         if row["status"] == "refused":  # no library, or no window
             pytest.skip(row["reason"])
         assert row["status"] == "ok", row["reason"]
+
+
+TEN = [
+    "deepseek_v3",
+    "deepseek_v32",
+    "falcon_h1",
+    "gemma3_text",
+    "gpt_oss",
+    "granitemoehybrid",
+    "jamba",
+    "lfm2",
+    "llama4_text",
+    "mistral",
+    "qwen3_next",
+]
+WELL = {"ok", "refused"}
+EXACT = {"dynamic", "sliding", "offload", "paged"}
+"""Strategies that change nothing in what attention sees."""
+NATIVE = [name for name in strategy_names() if not name.startswith(("quanto", "hqq"))]
+
+
+@pytest.mark.parametrize("model_type", TEN)
+def test_hard_architectures_run_or_are_refused(model_type):
+    """Windows, latents, recurrent states and hybrids: each native strategy holds what it predicts,
+    or says why it does not apply; most do.
+    """
+    case = next(iter(zoo.cases("causal", model_type)))
+    architecture = describe(case.config)
+    loaded = models.LoadedModel(
+        name=model_type,
+        model=zoo.build(case, torch.float32),
+        architecture=architecture,
+        origin=Origin(requested=model_type, resolved=model_type, kind="mapping", detail="zoo"),
+        weights="random",
+        dtype="fp32",
+        device=torch.device("cpu"),
+    )
+    chosen = [load_strategy(SMALL_GROUPS.get(name, name)) for name in NATIVE]
+    rows = list(profile.profile(loaded, chosen, Workload(40, 2, 1, 1, 0, 0)))
+    wrong = {row["strategy"]: row["reason"] for row in rows if row["status"] not in WELL}
+    assert wrong == {}
+    refused = {row["strategy"]: row["reason"] for row in rows if row["status"] == "refused"}
+    assert len(refused) <= 4
+    assert all(refused.values())
+    for row in rows:
+        if row["status"] == "ok" and row["strategy"] in EXACT:
+            assert row["fidelity"]["max_logit_difference"] < 1e-4, row["strategy"]
+
+
+def test_the_built_in_model_finds_its_needle(capsys):
+    """With the full cache, packed to 4 bits or paged the built-in model answers every question,
+    seen in the prompt or not.
+    """
+    status, rows = rows_of(capsys, "--strategy", "dynamic,int4,paged", "--batch", "4")
+    assert status == 0
+    for row in rows:
+        assert row["needle_recall"] == {"query_aware": 1, "question_unseen": 1}
+    _, (shallow,) = rows_of(capsys, "--strategy", "dynamic", "--depth", "0.1")
+    assert shallow["needle_recall"]["query_aware"] == 1
+
+
+def checkpoint_with_tokenizer(folder):
+    """A tiny Llama and a tokenizer of fifty words, as save_pretrained writes them."""
+    from tokenizers import Tokenizer, pre_tokenizers
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    build_tiny(tiny_config("llama", head_dim=16)).save_pretrained(folder)
+    words = {f"w{number}": number for number in range(50)}
+    tokenizer = Tokenizer(WordLevel(words))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
+def test_perplexity_of_a_text(capsys, tmp_path):
+    """`--text` feeds a text in the model's own tokens: perplexity, and its ratio to the full
+    cache's, which a strategy that changes nothing leaves at 1.
+    """
+    checkpoint_with_tokenizer(tmp_path)
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{number % 50}" for number in range(500)))
+    arguments = [
+        str(tmp_path),
+        "--text",
+        str(text),
+        "--strategy",
+        "dynamic,paged,int2:group=8,residual=5",
+    ]
+    status, rows = rows_of(capsys, *arguments)
+    assert status == 0
+    for row in rows[:2]:
+        assert row["fidelity"]["perplexity"] > 1
+        assert row["fidelity"]["perplexity_ratio"] == pytest.approx(1, abs=1e-6)
+    assert rows[2]["fidelity"]["perplexity_ratio"] != 1
+    text.write_text("w1 w2 w3")
+    assert cli.run([*SMALL, *arguments]) == 2
+    assert "3 tokens" in capsys.readouterr().err
+    assert cli.run([*SMALL, "--text", str(text)]) == 2
+    assert "tokenizer" in capsys.readouterr().err
+    text.unlink()
+    assert cli.run([*SMALL, *arguments]) == 2
+    assert "cannot read the text" in capsys.readouterr().err

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcalc.measure.feeds import Feed
 from kvcalc.measure.held import LayerBytes
 from kvcalc.measure.models import LoadedModel
 from kvcalc.measure.peak import peak_memory
-from kvcalc.measure.session import Feed, Session, undisturbed
+from kvcalc.measure.session import Session, undisturbed
 from kvcalc.measure.workload import Workload
 from kvcalc.sizing import SizeReport
 from kvcalc.strategies import ChosenStrategy
@@ -42,7 +43,7 @@ def count(
         # In numpy's memory, which the peak does not count: it is ours, not the strategy's.
         logits.append(np.array(after.float().cpu()))
 
-    with undisturbed():
+    with undisturbed(loaded):
         with peak_memory(loaded.device) as prefill:
             session = Session(loaded, chosen, workload)
             after = session.prefill(feed.prompt)

@@ -14,6 +14,7 @@ from kvcalc.config import class_defaults
 from kvcalc.engines import load_engine
 from kvcalc.errors import ConfigError, InputError, ModelNotFoundError
 from kvcalc.families import Architecture, decoder_level, describe
+from kvcalc.measure import retrieval
 from kvcalc.measure.record import free_memory
 from kvcalc.origin import Origin
 from kvcalc.sources.hub import check_reachable
@@ -21,20 +22,7 @@ from kvcalc.sources.local import find_in_hf_cache
 from kvcalc.units import format_bytes, shown
 
 BUILT_IN = "built-in"
-
-BUILT_IN_CONFIG: Mapping[str, Any] = {
-    "model_type": "llama",
-    "vocab_size": 1024,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 64,
-    "max_position_embeddings": 131_072,
-    "dtype": "float32",
-}
-"""A small Llama with grouped-query attention; random weights, so only bytes and times mean much."""
+WIRED = "wired"
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -42,7 +30,11 @@ _TILE = 2**20
 
 
 class LoadedModel(NamedTuple):
-    """A model on its device, and the architecture its cache is predicted from."""
+    """A model on its device, and the architecture its cache is predicted from.
+
+    `weights` is `checkpoint`, `random` or `wired` (the built-in model's); `place` is the folder or
+    the repository of a checkpoint.
+    """
 
     name: str
     model: PreTrainedModel
@@ -51,6 +43,12 @@ class LoadedModel(NamedTuple):
     weights: str
     dtype: str
     device: torch.device
+    place: str | None = None
+
+    @property
+    def recalls(self) -> bool:
+        """Whether it is the built-in model, which finds needles."""
+        return self.weights == WIRED
 
     @property
     def takes_chunks(self) -> bool:
@@ -95,12 +93,13 @@ def load_model(
     random weights. Raises InputError for what cannot be found or does not fit in memory, and
     UnsupportedError for a model that is not sized or not part of transformers.
     """
+    config: Mapping[str, Any]
     if model is None:
-        config, weights = BUILT_IN_CONFIG, "random"
+        config, weights = retrieval.retrieval_config(), WIRED
         origin = Origin(requested=BUILT_IN, resolved=BUILT_IN, kind="mapping", detail=BUILT_IN)
     else:
         config, origin = sources.resolve(model, revision=revision)
-    if num_layers is not None and weights != "random":
+    if num_layers is not None and weights == "checkpoint":
         msg = "--layers builds a slice of a model, which needs --weights random"
         raise InputError(msg)
     decoder = _decoder_config(config)
@@ -117,12 +116,18 @@ def load_model(
         raise InputError(msg)
     load_engine("transformers").refuse(architecture, tp=1, pp=1)
     torch.manual_seed(seed)
-    if weights == "random":
+    place = None
+    if weights == WIRED:
+        loaded: PreTrainedModel = retrieval.build(decoder, device, TORCH_DTYPES[dtype_name])
+    elif weights == "random":
         loaded = _random(decoder, origin, TORCH_DTYPES[dtype_name], device)
     else:
-        loaded = _checkpoint(origin, TORCH_DTYPES[dtype_name], device, revision)
+        place = _weights_place(origin, revision)
+        loaded = _checkpoint(place, TORCH_DTYPES[dtype_name], device, revision)
     loaded.eval()
-    return LoadedModel(origin.resolved, loaded, architecture, origin, weights, dtype_name, device)
+    return LoadedModel(
+        origin.resolved, loaded, architecture, origin, weights, dtype_name, device, place
+    )
 
 
 def _decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -215,10 +220,9 @@ def _check_room(need_bytes: int, device: torch.device) -> None:
 
 
 def _checkpoint(
-    origin: Origin, dtype: torch.dtype, device: torch.device, revision: str | None
+    place: str, dtype: torch.dtype, device: torch.device, revision: str | None
 ) -> PreTrainedModel:
     """Weights from a local folder or the Hub; a repository's own code is never run."""
-    place = _weights_place(origin, revision)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place,

@@ -6,8 +6,16 @@ added up: the result is the same in every run, which sampling the process's RSS 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+from kvcalc.dtypes import FORMATS
+from kvcalc.engines import load_engine
+from kvcalc.measure.models import LoadedModel
+from kvcalc.measure.workload import Workload
+from kvcalc.sizing import SizeReport
+from kvcalc.units import MAX_TOKENS
 
 
 class Peak:
@@ -45,3 +53,40 @@ def peak_memory(device: torch.device, *, level_bytes: int = 0) -> Iterator[Peak]
             level_bytes += event.nbytes()
             peak.num_bytes = max(peak.num_bytes, level_bytes)
     peak.left_bytes = level_bytes
+
+
+def estimated_peaks(
+    loaded: LoadedModel, workload: Workload, predicted: SizeReport
+) -> dict[str, int]:
+    """Peaks above the weights to expect: an estimate, unlike the bytes of the cache.
+
+    - Prefill: the cache, and of one piece of the prompt the widest activations that are alive at
+      once in a layer: the residual, its norm and their sum, and either gate, up and their product,
+      or values, and queries and keys thrice, as their rotation makes them.
+    - Decode: the cache, and keys and values of its largest layer once more in the model's dtype,
+      which concatenating or dequantising them makes.
+    """
+    text: Any = loaded.model.config.get_text_config(decoder=True)
+    width = FORMATS[loaded.dtype].block_bytes
+    hidden = text.hidden_size
+    inner = 3 * (getattr(text, "intermediate_size", None) or 4 * hidden)
+    layers = load_engine("transformers").lay_out(loaded.architecture)
+    rows = [part.rows() for layer in layers for part in layer.parts() if hasattr(part, "rows")]
+    heads = getattr(text, "num_attention_heads", None) or 0
+    attending = max(
+        (3 * (heads + row.kv_heads) * row.key_dim + row.kv_heads * row.value_dim for row in rows),
+        default=0,
+    )
+    piece = min(workload.chunk if loaded.takes_chunks else MAX_TOKENS, workload.prompt_tokens)
+    activations = workload.batch * piece * (3 * hidden + max(inner, attending)) * width
+    copied = max(
+        (
+            layer.num_bytes(
+                tokens=workload.total_tokens, batch=workload.batch, dtype=FORMATS[loaded.dtype]
+            )
+            for layer in layers
+        ),
+        default=0,
+    )
+    cache = predicted.total_bytes
+    return {"prefill_bytes": cache + activations, "decode_bytes": cache + copied}

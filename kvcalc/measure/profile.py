@@ -6,20 +6,26 @@ them alike. A row is complete after the last round.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from kvcalc.dtypes import FORMATS
+from kvcalc.engines import load_engine
 from kvcalc.errors import EXIT_BUG, KvcalcError, PredictionBrokenError, UnsupportedError
 from kvcalc.measure import nvml
 from kvcalc.measure.counted import count
+from kvcalc.measure.feeds import Feed, choose_feed, needle_feed
 from kvcalc.measure.fidelity import fidelity
 from kvcalc.measure.interrupt import interrupts
 from kvcalc.measure.light import achieved, speed_of_light
 from kvcalc.measure.models import LoadedModel, load_model, pick_device
+from kvcalc.measure.peak import estimated_peaks
 from kvcalc.measure.record import RowFile, claimed, conditions, free_memory
-from kvcalc.measure.session import Feed, Session, few_objects, random_feed, release, undisturbed
+from kvcalc.measure.retrieval import recall
+from kvcalc.measure.session import Session, few_objects, release, undisturbed
 from kvcalc.measure.timed import Run, summed_up, time_once
 from kvcalc.measure.workload import Workload
 from kvcalc.sizing import SizeReport, size_architecture
@@ -67,11 +73,15 @@ def profile(
     strategies: Sequence[ChosenStrategy],
     workload: Workload,
     *,
+    text: Path | None = None,
     file: RowFile | None = None,
     force: bool = False,
     tell: Tell = print_nothing,
 ) -> Iterator[dict[str, Any]]:
     """Measure the strategies; a row is in `file` before it is yielded.
+
+    The model is fed a `text` of the user's, else a needle in filler where it is the built-in one,
+    else random tokens.
 
     `tell` is called with what is being measured. A row that cannot be written is yielded all the
     same, and the OutputError follows; so are the rows of a run that is interrupted, as far as they
@@ -83,8 +93,9 @@ def profile(
     ]
     try:
         with few_objects():
-            _count_all(loaded, entries, workload, file=file, force=force, tell=tell)
-            _time_all(loaded, entries, workload, file=file, tell=tell)
+            feed = choose_feed(loaded, workload, text)
+            _count_all(loaded, entries, workload, feed, file=file, force=force, tell=tell)
+            _time_all(loaded, entries, workload, feed, file=file, tell=tell)
     except BaseException:
         for entry in entries:
             if entry.row["held_bytes"] is not None:
@@ -160,17 +171,21 @@ def _entry(
         "prefill_peak_bytes": None,
         "decode_peak_bytes": None,
         "peak_bytes": None,
+        "estimated_peaks": None,
         "ttft_seconds": None,
         "first_decode_seconds": None,
         "tpot_seconds": None,
         "tokens_per_second": None,
+        "decode_mode": None,
         "energy_joules_per_token": None,
         "throttled": [],
         "fidelity": None,
+        "needle_recall": None,
         "speed_of_light": None,
         "ratio_to_dynamic": None,
         "layers": [],
         "notes": [],
+        "figures": {},
         "point": point,
         "conditions": {**about, **settings},
     }
@@ -187,6 +202,7 @@ def _count_all(
     loaded: LoadedModel,
     entries: Sequence[Entry],
     workload: Workload,
+    feed: Feed,
     *,
     file: RowFile | None,
     force: bool,
@@ -196,7 +212,6 @@ def _count_all(
     missing = [entry for entry in entries if entry.row["held_bytes"] is None]
     if not missing:
         return
-    feed = random_feed(loaded, workload)
     full: Tensor | None = None
     if not any(entry.chosen.name == BASELINE for entry in missing):
         tell(f"{BASELINE}: the answers of the full cache")
@@ -209,19 +224,42 @@ def _count_all(
             if not force:
                 _refuse_what_cannot_fit(loaded, predicted)
             counted = count(loaded, entry.chosen, workload, feed, predicted)
+            entry.row.update(counted.fields)
             if entry.chosen.name == BASELINE:
                 full = counted.logits
             fields = dict(counted.fields)
             fields["predicted_bytes"] = predicted.total_bytes
+            fields["estimated_peaks"] = estimated_peaks(loaded, workload, predicted)
             fields["notes"] = _explanations(counted.fields)
+            fields["figures"] = entry.chosen.figures(
+                load_engine("transformers").lay_out(loaded.architecture),
+                tokens=workload.total_tokens,
+                batch=workload.batch,
+                dtype=FORMATS[loaded.dtype],
+            )
             fields["speed_of_light"] = speed_of_light(
                 loaded, workload, predicted, recomputes=entry.chosen.recomputes
             )
             if full is not None:
-                fields["fidelity"] = fidelity(counted.logits, full)
+                fields["fidelity"] = fidelity(counted.logits, full, feed)
+            if feed.answers is not None:
+                fields["needle_recall"] = {
+                    "query_aware": recall(counted.logits[1], feed.answers),
+                    "question_unseen": _recall_unseen(loaded, entry.chosen, workload),
+                }
             entry.row.update(fields)
             if file is not None:
                 file.append_part(entry.point, counted=fields)
+
+
+def _recall_unseen(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload) -> float | None:
+    """Recall where the prompt does not hold the question, which comes after any compression."""
+    feed = needle_feed(loaded, workload, ask=False)
+    with undisturbed(loaded):
+        session = Session(loaded, chosen, workload)
+        session.prefill(feed.prompt)
+        logits = session.decode(feed.steps[0])
+    return None if feed.answers is None else recall(logits, feed.answers)
 
 
 def _full_logits(loaded: LoadedModel, workload: Workload, feed: Feed) -> Tensor | None:
@@ -239,6 +277,7 @@ def _time_all(
     loaded: LoadedModel,
     entries: Sequence[Entry],
     workload: Workload,
+    feed: Feed,
     *,
     file: RowFile | None,
     tell: Tell,
@@ -249,7 +288,6 @@ def _time_all(
         for entry in entries
         if entry.going and entry.row["tpot_seconds"] is None and len(entry.runs) < workload.repeats
     ]
-    feed = random_feed(loaded, workload)
     for entry in waiting:
         for number in range(workload.warmup):
             tell(f"{entry.chosen.spec}: warm-up {number + 1}")
@@ -276,7 +314,7 @@ def _time_all(
 
 def _energy(loaded: LoadedModel, entry: Entry, workload: Workload, feed: Feed) -> float | None:
     """Joules of a decoded token, over one more run of decode steps."""
-    with undisturbed():
+    with undisturbed(loaded):
         session = Session(loaded, entry.chosen, workload)
         session.prefill(feed.prompt)
         torch.cuda.synchronize(loaded.device)

@@ -6,46 +6,23 @@ its logits can be held against those of the full cache.
 
 import gc
 import importlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from kvcalc.measure.graph import IN_PLACE, GraphedDecode
 from kvcalc.measure.held import LayerBytes, held_by_layer
 from kvcalc.measure.models import LoadedModel
 from kvcalc.measure.workload import Workload
 from kvcalc.strategies import ChosenStrategy
+from kvcalc.strategies._packed_attention import use_fused
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
-
-
-class Feed(NamedTuple):
-    """What is fed: `prompt` [batch, prompt_tokens] and the decode `steps`, each [batch, 1].
-
-    `answers` [batch] is what the first step should be answered with, None where nobody knows.
-    """
-
-    prompt: Tensor
-    steps: tuple[Tensor, ...]
-    answers: Tensor | None = None
-
-
-def random_feed(loaded: LoadedModel, workload: Workload) -> Feed:
-    """Random tokens of the model's vocabulary, the same for the same seed."""
-    embeddings: Any = loaded.model.get_input_embeddings()
-    generator = torch.Generator().manual_seed(workload.seed)
-    shape = (workload.batch, workload.total_tokens)
-    tokens = torch.randint(embeddings.num_embeddings, shape, generator=generator)
-    return split_feed(tokens.to(loaded.device), workload)
-
-
-def split_feed(tokens: Tensor, workload: Workload) -> Feed:
-    """A row of tokens [batch, prompt + decode] as a prompt and its steps."""
-    prompt, rest = tokens.split([workload.prompt_tokens, workload.decode_tokens], dim=1)
-    return Feed(prompt, tuple(rest.split(1, dim=1)))
 
 
 class Session:
@@ -53,6 +30,9 @@ class Session:
 
     def __init__(self, loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload) -> None:
         self._model = loaded.model
+        self._device = loaded.device
+        self._in_place = chosen.name == IN_PLACE
+        self._graph: GraphedDecode | None = None
         self._recomputes = chosen.recomputes
         self._chunk = workload.chunk if loaded.takes_chunks else workload.prompt_tokens
         self._seen: list[Tensor] = []
@@ -63,6 +43,20 @@ class Session:
             parameters=chosen.parameters,
         )
 
+    @property
+    def mode(self) -> str:
+        """How decode steps are run: `eager` or `CUDA graph`, with the reason for the former where
+        the latter was tried.
+        """
+        return self._graph.mode if self._graph else "eager"
+
+    def prepare_decode(self, logits: Tensor) -> None:
+        """Capture decode steps where strategy and device allow; `logits` are those after the
+        prompt. It takes a while, and is no part of any step.
+        """
+        if self._device.type == "cuda" and self._in_place:
+            self._graph = GraphedDecode(self._model, self.cache, logits)
+
     def prefill(self, prompt: Tensor) -> Tensor:
         """Feed the prompt, chunk by chunk; returns the logits [batch, vocabulary] after it."""
         pieces = [prompt] if self._recomputes else prompt.split(self._chunk, dim=1)
@@ -72,7 +66,7 @@ class Session:
 
     def decode(self, step: Tensor) -> Tensor:
         """Feed one token of each sequence; returns the logits [batch, vocabulary] after it."""
-        return self._forward(step)
+        return self._graph.step(step) if self._graph else self._forward(step)
 
     def held(self) -> list[LayerBytes]:
         """What each layer of the cache holds now."""
@@ -105,13 +99,17 @@ def few_objects() -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed() -> Iterator[None]:
-    """No autograd, and no garbage collection in the middle of a phase."""
+def undisturbed(loaded: LoadedModel) -> Iterator[Counter[str]]:
+    """No autograd, and no garbage collection in the middle of a phase; on a GPU packed caches are
+    attended to by their own kernel.
+
+    Yields how many calls of that attention were `fused`; it stays empty where there is none.
+    """
     gc.collect()
     gc.disable()
     try:
-        with torch.inference_mode():
-            yield
+        with torch.inference_mode(), use_fused(loaded.model) as calls:
+            yield calls
     finally:
         gc.enable()
 

@@ -13,17 +13,21 @@ from typing import Any, NamedTuple
 
 import torch
 
+from kvcalc.measure.feeds import Feed
 from kvcalc.measure.models import LoadedModel
-from kvcalc.measure.session import Feed, Session, undisturbed
+from kvcalc.measure.session import Session, undisturbed
 from kvcalc.measure.workload import Workload
 from kvcalc.strategies import ChosenStrategy
 
 
 class Run(NamedTuple):
-    """Seconds of one run: the prefill, and each decode step in order."""
+    """Seconds of one run: the prefill, and each decode step in order; `mode` is how decode steps
+    were run.
+    """
 
     prefill_seconds: float
     step_seconds: list[float]
+    mode: str = "eager"
 
 
 class Clock:
@@ -52,21 +56,22 @@ class Clock:
         return [(other - one) / 1e9 for one, other in pairwise(self._marks)]
 
 
-def time_once(
-    loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload, feed: Feed
-) -> Run:
+def time_once(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload, feed: Feed) -> Run:
     """One run from an empty cache."""
-    with undisturbed():
+    with undisturbed(loaded) as calls:
         session = Session(loaded, chosen, workload)
         clock = Clock(loaded.device)
         clock.mark()
-        session.prefill(feed.prompt)
+        logits = session.prefill(feed.prompt)
+        clock.mark()
+        session.prepare_decode(logits)
         clock.mark()
         for step in feed.steps:
             session.decode(step)
             clock.mark()
-        prefill, *steps = clock.seconds()
-    return Run(prefill, steps)
+        prefill, _, *steps = clock.seconds()
+        mode = session.mode + ", fused attention" * bool(calls["fused"])
+    return Run(prefill, steps, mode)
 
 
 def summed_up(runs: Sequence[Run], *, batch: int) -> dict[str, Any]:
@@ -84,6 +89,7 @@ def summed_up(runs: Sequence[Run], *, batch: int) -> dict[str, Any]:
         "first_decode_seconds": _summary([run.step_seconds[0] for run in runs]),
         "tpot_seconds": tpot,
         "tokens_per_second": batch / tpot["median"],
+        "decode_mode": runs[-1].mode,
     }
 
 

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+from kvcalc.errors import InputError
 from kvcalc.units import check_count, parse_tokens
 
 _MOST_TOKENS = 2**20
@@ -10,7 +11,7 @@ _MOST_RUNS = 1000
 
 class Workload(NamedTuple):
     """What every strategy is put through. Token counts are for each of `batch` sequences; a prompt
-    comes in pieces of at most `chunk` tokens.
+    comes in pieces of at most `chunk` tokens. `depth` is where the built-in model's needle stands.
     """
 
     prompt_tokens: int
@@ -20,6 +21,7 @@ class Workload(NamedTuple):
     warmup: int
     seed: int
     chunk: int = 8192
+    depth: float = 0.5
 
     @property
     def total_tokens(self) -> int:
@@ -28,12 +30,23 @@ class Workload(NamedTuple):
 
 
 def checked_workload(
-    *, seq: str, decode: int, batch: int, repeats: int, warmup: int, seed: int, chunk: str
+    *,
+    seq: str,
+    decode: int,
+    batch: int,
+    repeats: int,
+    warmup: int,
+    seed: int,
+    chunk: str,
+    depth: float = 0.5,
 ) -> Workload:
     """A workload from what the user gave; InputError for a value out of range."""
     check_count(decode, name="--decode", most=_MOST_TOKENS)
     check_count(batch, name="--batch", most=_MOST_TOKENS)
     check_count(repeats, name="--repeats", most=_MOST_RUNS)
     check_count(warmup, name="--warmup", least=0, most=_MOST_RUNS)
+    if not 0 <= depth <= 1:
+        msg = f"--depth must be from 0 to 1, not {depth}"
+        raise InputError(msg)
     pieces = parse_tokens(chunk, name="--chunk")
-    return Workload(parse_tokens(seq), decode, batch, repeats, warmup, seed, pieces)
+    return Workload(parse_tokens(seq), decode, batch, repeats, warmup, seed, pieces, depth)

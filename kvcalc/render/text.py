@@ -305,26 +305,35 @@ def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:
         style="bold",
     )
     out.print()
-    shown = table(
-        "Strategy", "Held", "vs dyn.", "Peak", "TTFT ms", "TPOT ms", "p90", "vs dyn.", "KL", "top-1"
-    )
     labels = _labels(rows)
-    for label, row in zip(labels, rows, strict=True):
-        if row["tpot_seconds"]:
-            shown.add_row(label, *_figures(row))
-        else:
-            shown.add_row(label, row["status"].replace("_", " "))
-    out.print(shown)
-    out.print()
-    for label, row in zip(labels, rows, strict=True):
+    named = [*zip(labels, rows, strict=True)]
+    for columns, cells in (
+        ((*_KEPT, *_NEEDLE * any(row["needle_recall"] for row in rows)), _what_is_kept),
+        (_TIMES, _times),
+    ):
+        shown = table("Strategy", *columns)
+        for label, row in named:
+            if row["held_bytes"] is not None and row["status"] != "refused":
+                shown.add_row(label, *cells(row))
+        if shown.rows:
+            out.print(shown)
+            out.print()
+    for label, row in named:
         if row["status"] == "ok":
+            figures = "".join(
+                f"; {name.removesuffix('_bytes')} {count:,} bytes"
+                for name, count in row["figures"].items()
+            )
             out.print(
                 f"{label}: predicted = held = {row['held_bytes']:,} bytes in all "
-                f"{len(row['layers'])} layers",
+                f"{len(row['layers'])} layers{figures}",
                 style="green",
             )
         else:
             out.print(f"{label}: {row['status']}: {row['reason']}", style="bold red")
+        for note in row["notes"]:
+            out.print(f"  {note}", style="dim")
+    _print_light(out, rows[0])
     runs = f"median of {about['repeats']} runs ± interquartile range"
     out.print(
         f"{about['device']} ({about['hardware']['processor']}), torch {about['torch']}, "
@@ -341,18 +350,54 @@ def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:
         )
 
 
-def _figures(row: Mapping[str, Any]) -> Iterator[str]:
-    """The cells of a measured row after its name."""
-    ratios, fidelity, tpot = row["ratio_to_dynamic"], row["fidelity"], row["tpot_seconds"]
+def _print_light(out: Console, row: Mapping[str, Any]) -> None:
+    """What the device could do at most for the first strategy, and how far it got."""
+    light = row["speed_of_light"]
+    if light and "compute_fraction" in light:
+        out.print(
+            f"speed of light for {row['strategy']}: TTFT {light['ttft_seconds'] * 1000:,.2f} ms, "
+            f"TPOT {light['tpot_seconds'] * 1000:,.2f} ms; reached {light['compute_fraction']:.0%} "
+            f"of compute and {light['bandwidth_fraction']:.0%} of bandwidth "
+            f"({light['ceilings']['source']})",
+            style="dim",
+        )
+
+
+_KEPT = ("Held", "vs dyn.", "Peak", "KL", "top-1")
+_NEEDLE = ("needle", "unseen")
+_TIMES = ("TTFT ms", "vs dyn.", "TPOT ms", "p90", "vs dyn.", "tok/s")
+
+
+def _what_is_kept(row: Mapping[str, Any]) -> Iterator[str]:
+    """The cells of `_KEPT` and `_NEEDLE`."""
+    ratios, fidelity = row["ratio_to_dynamic"], row["fidelity"]
     yield format_bytes(row["held_bytes"])
     yield f"{ratios['held']:.3f}×" if ratios else ""
     yield format_bytes(row["peak_bytes"])
-    yield _milliseconds(row["ttft_seconds"])
-    yield _milliseconds(tpot)
-    yield f"{tpot['p90'] * 1000:,.2f}"
-    yield f"{'≈' * ratios['tpot_alike']}{ratios['tpot']:.2f}×" if ratios else ""
     yield f"{fidelity['kl_mean']:.1e}" if fidelity else ""
     yield f"{fidelity['top1_agreement']:.0%}" if fidelity else ""
+    if row["needle_recall"]:
+        yield f"{row['needle_recall']['query_aware']:.0%}"
+        yield f"{row['needle_recall']['question_unseen']:.0%}"
+
+
+def _times(row: Mapping[str, Any]) -> Iterator[str]:
+    """The cells of `_TIMES`; ≈ stands before a ratio that the spreads may explain."""
+    if row["tpot_seconds"] is None:
+        return
+    ratios = row["ratio_to_dynamic"] or {}
+
+    def ratio(name: str) -> str:
+        if name not in ratios:
+            return ""
+        return f"{'≈' * ratios[f'{name}_alike']}{ratios[name]:.2f}×"
+
+    yield _milliseconds(row["ttft_seconds"])
+    yield ratio("ttft")
+    yield _milliseconds(row["tpot_seconds"])
+    yield f"{row['tpot_seconds']['p90'] * 1000:,.2f}"
+    yield ratio("tpot")
+    yield f"{row['tokens_per_second']:,.0f}"
 
 
 def _labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:

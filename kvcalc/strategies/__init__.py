@@ -13,11 +13,16 @@ from functools import cache
 from types import MappingProxyType
 from typing import NamedTuple, Protocol, cast
 
+from kvcalc.dtypes import StorageFormat
 from kvcalc.errors import InputError
 from kvcalc.layers import Layer
 
 BASELINE = "dynamic"
 """The strategy that the others are compared with."""
+
+
+ALL = "all"
+"""What users type for every strategy."""
 
 
 class Strategy(Protocol):
@@ -27,6 +32,8 @@ class Strategy(Protocol):
 
     - `check(layers, parameters)`, which is called once with all layers of a model, before `apply`,
       and raises UnsupportedError for a model that the strategy cannot take as a whole;
+    - `figures(layers, parameters, *, tokens, batch, dtype)`: further byte counts by name (room
+      without tokens in a paged cache, what an offloaded one has on the device);
     - `RECOMPUTES = True`, where nothing is cached and each step is run with the whole sequence.
     """
 
@@ -73,6 +80,18 @@ class ChosenStrategy(NamedTuple):
         if check is not None:
             check(layers, self.parameters)
 
+    def figures(
+        self, layers: Sequence[Layer], *, tokens: int, batch: int, dtype: StorageFormat
+    ) -> dict[str, int]:
+        """Further byte counts of a model under this strategy, by name."""
+        figures = getattr(self.strategy, "figures", None)
+        if figures is None:
+            return {}
+        counts: dict[str, int] = figures(
+            layers, self.parameters, tokens=tokens, batch=batch, dtype=dtype
+        )
+        return counts
+
     def apply(self, layer: Layer) -> Layer:
         """What a layer keeps under this strategy, part by part."""
         return layer.each(lambda part: self.strategy.apply(part, self.parameters))
@@ -96,11 +115,14 @@ def load_strategies(values: Iterable[str]) -> list[ChosenStrategy]:
     """Read comma lists of strategies, the baseline first so that the others can be compared.
 
     `int4:group=32,residual=64,dynamic` is two: a part with `=` but no `:` continues the one before.
+    `all` is every strategy there is.
     """
     specs: list[str] = []
     for item in ",".join(values).split(","):
         if specs and ":" in specs[-1] and "=" in item and ":" not in item:
             specs[-1] += f",{item}"
+        elif item.strip() == ALL:
+            specs += strategy_names()
         else:
             specs.append(item)
     return sorted(map(load_strategy, specs), key=lambda chosen: chosen.name != BASELINE)

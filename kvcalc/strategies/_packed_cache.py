@@ -93,8 +93,8 @@ class PackedStorage(Storage):
     packed: range
     packed_keys: Packed
     packed_values: Packed
-    config: "PreTrainedConfig | None" = None
-    """Of the decoder; it says how the model attends."""
+    decoder_config: "PreTrainedConfig | None" = None
+    """It says how the model attends."""
 
     def start(self, keys: Tensor, values: Tensor) -> None:
         """An empty tail and no packed group, on the device and in the dtype of the states."""
@@ -112,7 +112,7 @@ class PackedStorage(Storage):
         keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
         all_keys, all_values = keys, values
         if self.packed:
-            fused = new == 1 and self.window is None and is_active(self.config)
+            fused = new == 1 and self.window is None and is_active(self.decoder_config)
             joined = PackedTokens if fused else dequantised
             all_keys = joined(self.packed_keys, keys, self.bits)
             all_values = joined(self.packed_values, values, self.bits)
@@ -175,4 +175,5 @@ def packed_cache(
 ) -> "Cache":
     """An empty cache with `bits` bits a value; `parameters` are group and residual."""
     decoder = config.get_text_config(decoder=True)
-    return quantised_cache(config, PackedStorage, bits=bits, config=decoder, **parameters)
+    settings = {"bits": bits, "decoder_config": decoder, **parameters}
+    return quantised_cache(config, PackedStorage, **settings)

@@ -63,3 +63,16 @@ def working_bytes(layers: Iterable[Layer], *, tokens: int, batch: int, dtype: St
     ]
     stored = [one for one in rows if one]
     return max((one + following for one, following in pairwise([*stored, 0])), default=0)
+
+
+def figures(
+    layers: Iterable[Layer],
+    parameters: Mapping[str, int],
+    *,
+    tokens: int,
+    batch: int,
+    dtype: StorageFormat,
+) -> dict[str, int]:
+    """What is on the device during a decode step."""
+    del parameters
+    return {"device_bytes": working_bytes(layers, tokens=tokens, batch=batch, dtype=dtype)}

@@ -117,6 +117,19 @@ def waste_bytes(
     )
 
 
+def figures(
+    layers: Iterable[Layer],
+    parameters: Mapping[str, int],
+    *,
+    tokens: int,
+    batch: int,
+    dtype: StorageFormat,
+) -> dict[str, int]:
+    """What of the pools is waste."""
+    waste = waste_bytes(layers, parameters, tokens=tokens, batch=batch, dtype=dtype)
+    return {"waste_bytes": waste}
+
+
 def _paged(layers: Iterable[Layer], parameters: Mapping[str, int]) -> Iterator[PagedLayer]:
     for layer in layers:
         for part in layer.parts():

@@ -1,0 +1,144 @@
+"""Decode steps replayed as one CUDA graph: the time of the work on the device, not of launching it.
+
+Capturable is a step that is the same work at the same addresses each time: a StaticCache, written
+in place at a position that is counted on the device. transformers 5.23.0 then derives positions and
+mask from that counter (`StaticLayer.cumulative_length`) without reading it. Window layers count in
+Python and would repeat the window of the step that was captured: they stay eager, as do states.
+"""
+
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DummyLayer, StaticLayer
+
+from kvcalc.measure.models import LoadedModel
+from kvcalc.strategies import ChosenStrategy
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+    from transformers.modeling_utils import PreTrainedModel
+
+GRAPH = "CUDA graph"
+IN_PLACE = "static"
+"""The strategy whose cache is written in place."""
+
+WARM_UPS = 3
+"""Steps before capture, as torch's recipe has it: libraries load and choose kernels in them."""
+
+Capture = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
+"""Takes a step and what undoes it on the device; returns what repeats the step."""
+
+
+def decode_mode(loaded: LoadedModel, chosen: ChosenStrategy) -> str:
+    """How decode steps would be run: `CUDA graph`, or `eager` with the reason in brackets.
+
+    What was run is `GraphedDecode.mode`, for capture may fail.
+    """
+    if chosen.name != IN_PLACE:
+        return _eager(f"the cache of {chosen.name} is not written in place")
+    module = importlib.import_module(f"{chosen.module}.cache")
+    config = loaded.model.config
+    cache = module.build(config, capacity_tokens=1, parameters=chosen.parameters)
+    reason = why_eager(loaded.model, cache) or _off_cuda(loaded.device)
+    return _eager(reason) if reason else GRAPH
+
+
+def why_eager(model: "PreTrainedModel", cache: "Cache") -> str | None:
+    """What keeps the steps of this model with this cache from being captured; None if nothing."""
+    if not model._can_compile_fullgraph:  # noqa: SLF001 - transformers' word on a model's control flow
+        return f"{type(model).__name__} decides on values in Python"
+    for layer in cache.layers:
+        # Not isinstance: every kind of layer that counts otherwise is derived from StaticLayer.
+        if type(layer) not in (StaticLayer, DummyLayer):
+            return f"{type(layer).__name__} keeps its position in Python"
+    return None
+
+
+class GraphedDecode:
+    """Decode steps of a model whose static cache has taken the prompt, captured if they can be.
+
+    `mode` says how they are run, in the words of `decode_mode`. The graph holds on to its memory
+    and to the cache for as long as this object lives.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        cache: "Cache",
+        logits: Tensor,
+        *,
+        capture: Capture | None = None,
+    ) -> None:
+        """Capture the step after the prompt, whose `logits` [batch, vocabulary] are given.
+
+        The cache must have room for one token; it is left as it was, but for the row of that token.
+        """
+        self._model, self._cache = model, cache
+        self._token = torch.zeros((logits.shape[0], 1), dtype=torch.long, device=logits.device)
+        self._logits = torch.empty_like(logits)
+        self._replay = self._step
+        self.mode = GRAPH
+        counters = [
+            layer.cumulative_length for layer in cache.layers if isinstance(layer, StaticLayer)
+        ]
+        before = [counter.clone() for counter in counters]
+
+        def rewind() -> None:
+            for counter, value in zip(counters, before, strict=True):
+                counter.copy_(value)
+
+        reason = why_eager(model, cache)
+        if reason is None and capture is None:
+            reason = _off_cuda(logits.device)
+        if reason is None:
+            try:
+                with torch.cuda.device_of(logits):
+                    self._replay = (capture or cuda_capture)(self._step, rewind)
+            except RuntimeError as error:
+                reason = f"capture failed: {str(error).partition(chr(10))[0]:.120}"
+            rewind()
+        if reason is not None:
+            self.mode = _eager(reason)
+
+    def step(self, token: Tensor) -> Tensor:
+        """Feed one token of each sequence, [batch, 1]; returns the logits [batch, vocabulary]."""
+        self._token.copy_(token)
+        self._replay()
+        return self._logits.clone()
+
+    def _step(self) -> None:
+        """What is captured: token buffer to logits buffer."""
+        output = self._model(
+            input_ids=self._token, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+        )
+        self._logits.copy_(output.logits[:, -1])
+
+
+def cuda_capture(step: Callable[[], None], rewind: Callable[[], None]) -> Callable[[], None]:
+    """Warm up on a stream of its own, then capture; the step is not run by capturing it.
+
+    Raises RuntimeError for a step that waits for the device or allocates outside of the graph.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            step()
+            rewind()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may ask the driver for memory in use meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+def _off_cuda(device: torch.device) -> str | None:
+    return None if device.type == "cuda" else f"no CUDA on {device}"
+
+
+def _eager(reason: str) -> str:
+    return f"eager ({reason})"

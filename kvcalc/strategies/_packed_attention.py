@@ -1,0 +1,276 @@
+"""Attention of one new token to packed keys and values, without dequantising them in memory.
+
+On CUDA with Triton a decode step reads the packed levels, scales and minima themselves, a quarter
+of what a full cache reads at 4 bits (split-KV attention, see `_packed_kernels`). Anywhere else, and
+for any attention that is more than softmax(q·k)·v over all tokens, the same tensors are dequantised
+and transformers' `sdpa` runs, as without this file.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from transformers.modeling_utils import PreTrainedModel
+
+    from kvcalc.strategies._packed_cache import Packed
+
+NAME = "kvcalc_packed"
+"""The attention implementation under which a packed cache hands out PackedTokens."""
+
+CHANGES_NOTHING = frozenset({"cache_position", "is_causal", "position_ids", "use_cache"})
+"""Arguments of an attention function that say nothing to one token which sees all others."""
+
+MOST_WIDTH = 256
+"""Channels of a head up to which a block of the kernel fits into registers."""
+
+SMALLEST_DOT = 16
+"""Rows that a Triton dot product must have; fewer queries are padded."""
+
+FEWEST_TOKENS_PER_SPLIT, MOST_PROGRAMS = 256, 1024
+"""Splits are as short as gives this many programs over all heads: some 8 for each multiprocessor
+of an H100 or A100.
+"""
+
+
+class PackedTokens(Tensor):
+    """Keys or values of all tokens, [batch, KV heads, tokens, width]: packed groups and the tail.
+
+    Whatever computes with it gets it dequantised; only `attention` looks at what is inside.
+    """
+
+    packed: "Packed"
+    tail: Tensor
+    bits: int
+
+    # torch's way to have __torch_dispatch__ alone, so that shapes are looked up without it.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
+
+    def __new__(cls, packed: "Packed", tail: Tensor, bits: int) -> Self:
+        """Without a storage of its own, of the shape and dtype it stands for."""
+        batch, heads, tokens, width = tail.shape
+        tokens += packed.levels.shape[2] * group_tokens(packed, bits)
+        made: Self = Tensor._make_wrapper_subclass(  # noqa: SLF001
+            cls, (batch, heads, tokens, width), dtype=tail.dtype, device=tail.device
+        )
+        made.packed, made.tail, made.bits = packed, tail, bits
+        return made
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls,
+        func: Any,  # noqa: ANN401 - torch's signature
+        types: Any,  # noqa: ANN401
+        args: Any = (),  # noqa: ANN401
+        kwargs: Any = None,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Run an operation on the dequantised tokens."""
+        del types
+        args, kwargs = tree_map_only(PackedTokens, PackedTokens.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def dense(self) -> Tensor:
+        """The tokens as an ordinary tensor."""
+        return dequantised(self.packed, self.tail, self.bits)
+
+
+def dequantised(packed: "Packed", tail: Tensor, bits: int) -> Tensor:
+    """Packed tokens and the tail after them, [batch, KV heads, tokens, width]."""
+    return torch.cat([packed.states(bits), tail], dim=2)
+
+
+def group_tokens(packed: "Packed", bits: int) -> int:
+    """Tokens of one group."""
+    return packed.levels.shape[3] * 8 // bits
+
+
+@cache
+def fused_available(device: torch.device) -> bool:
+    """Whether the kernel can run there: CUDA with bf16 tensor cores, and Triton installed."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def is_active(config: "PreTrainedConfig | None") -> bool:
+    """Whether a model of this config attends through `attention` now."""
+    return config is not None and config._attn_implementation == NAME  # noqa: SLF001
+
+
+@contextmanager
+def use_fused(model: "PreTrainedModel") -> Iterator[Counter[str]]:
+    """Let the model attend through `attention` where it used `sdpa` and the kernel can run.
+
+    Yields the calls so far by what answered them, `fused` or `sdpa`; it stays empty where nothing
+    is switched. What was set before is set again at the end, after an error, too.
+    """
+    configs: dict[int, Any] = {
+        id(module.config): module.config
+        for module in model.modules()
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) == "sdpa"
+    }
+    switched = list(configs.values()) if fused_available(model.device) else []
+    _calls.clear()
+    try:
+        for config in switched:
+            # Not through the property, which would also set it in the configs inside.
+            config._attn_implementation_internal = NAME  # noqa: SLF001
+        yield _calls
+    finally:
+        for config in switched:
+            config._attn_implementation_internal = "sdpa"  # noqa: SLF001
+
+
+_calls: Counter[str] = Counter()
+
+
+def attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,  # noqa: ANN401 - transformers' signature
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query [batch, heads, tokens, width] to an output
+    [batch, tokens, heads, width].
+
+    Fused for one token, PackedTokens and plain attention to all of them; else `sdpa`, unchanged.
+    """
+    unusual = any(
+        argument is not None and argument is not False
+        for name, argument in kwargs.items()
+        if name not in CHANGES_NOTHING
+    )
+    if (
+        isinstance(key, PackedTokens)
+        and isinstance(value, PackedTokens)
+        and attention_mask is None
+        and not dropout
+        and not unusual
+        and fits(query, key, value)
+    ):
+        _calls["fused"] += 1
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend(query, key, value, scaling=scale), None
+    _calls["sdpa"] += 1
+    key, value = (one.dense() if isinstance(one, PackedTokens) else one for one in (key, value))
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+    )
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def fits(query: Tensor, key: PackedTokens, value: PackedTokens) -> bool:
+    """Whether `attend` takes these shapes: one token, whole groups of heads, a group of tokens that
+    is a power of two, and heads that are not too wide.
+    """
+    group = group_tokens(key.packed, key.bits)
+    return (
+        query.shape[2] == 1
+        and query.shape[1] % key.shape[1] == 0
+        and key.shape[:3] == value.shape[:3]
+        and query.dtype == key.dtype
+        and group & (group - 1) == 0
+        and 0 < key.shape[3] <= MOST_WIDTH
+        and 0 < value.shape[3] <= MOST_WIDTH
+    )
+
+
+class Splits(NamedTuple):
+    """How the tokens of a head are dealt out: `tail` splits of `tail_tokens` tokens, then `packed`
+    splits of `groups` groups; the last of each may be shorter.
+    """
+
+    tail: int
+    tail_tokens: int
+    packed: int
+    groups: int
+
+
+def split_tokens(*, tail: int, groups: int, group: int, heads: int) -> Splits:
+    """Splits of `tail` tokens and `groups` groups of `group` tokens, for `heads` KV heads in all
+    sequences together.
+    """
+    wanted = max(FEWEST_TOKENS_PER_SPLIT, (tail + groups * group) * heads // MOST_PROGRAMS)
+    groups_per_split = max(wanted // group, 1)
+    return Splits(-(-tail // wanted), wanted, -(-groups // groups_per_split), groups_per_split)
+
+
+def attend(query: Tensor, key: PackedTokens, value: PackedTokens, *, scaling: float) -> Tensor:
+    """Attention of one token of each sequence, query [batch, heads, 1, width], by the kernels.
+
+    Returns [batch, 1, heads, width of V]. There must be a token, packed or not.
+    """
+    from triton import next_power_of_2
+
+    from kvcalc.strategies import _packed_kernels as kernels
+
+    batch, num_heads = query.shape[:2]
+    kv_heads, groups = key.packed.levels.shape[1:3]
+    heads, queries = batch * kv_heads, num_heads // kv_heads
+    key_dim, value_dim, tail = key.shape[3], value.shape[3], key.tail.shape[2]
+    bits, group = key.bits, group_tokens(key.packed, key.bits)
+    splits = split_tokens(tail=tail, groups=groups, group=group, heads=heads)
+    num_splits = splits.tail + splits.packed
+    shape = (heads, num_splits, queries)
+    partial = torch.empty((*shape, value_dim), dtype=torch.float32, device=query.device)
+    logsumexp = torch.empty(shape, dtype=torch.float32, device=query.device)
+    result = torch.empty((batch, 1, num_heads, value_dim), dtype=query.dtype, device=query.device)
+    padded_parts = next_power_of_2(value_dim // group)
+    # What fits into registers; compiled for sm_80 and sm_90 with Triton 3.9, twice as much spills.
+    small = max(key_dim, value_dim) <= 128 and query.element_size() == 2
+    block_tokens = 32 if small else 16
+    with torch.cuda.device_of(query):
+        kernels.attend_splits[heads, num_splits](
+            query.contiguous(),
+            *(part.contiguous() for part in key.packed),
+            *(part.contiguous() for part in value.packed),
+            key.tail.contiguous(),
+            value.tail.contiguous(),
+            partial,
+            logsumexp,
+            scaling,
+            groups,
+            tail,
+            splits.tail,
+            splits.groups,
+            splits.tail_tokens,
+            BITS=bits,
+            GROUP=group,
+            QUERIES=queries,
+            KEY_DIM=key_dim,
+            VALUE_DIM=value_dim,
+            PADDED_QUERIES=max(next_power_of_2(queries), SMALLEST_DOT),
+            PADDED_KEY_DIM=max(next_power_of_2(key_dim), SMALLEST_DOT),
+            PADDED_PARTS=max(padded_parts, SMALLEST_DOT // group),
+            BLOCK_GROUPS=max(block_tokens * 8 // (group * bits), 1),
+            BLOCK_TOKENS=block_tokens,
+        )
+        kernels.combine_splits[heads, queries](
+            partial,
+            logsumexp,
+            result,
+            num_splits,
+            QUERIES=queries,
+            VALUE_DIM=value_dim,
+            PADDED_VALUE_DIM=next_power_of_2(value_dim),
+            BLOCK_SPLITS=16,
+        )
+    return result

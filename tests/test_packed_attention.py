@@ -1,0 +1,353 @@
+"""Fused attention to packed keys and values: the kernels under Triton's interpreter against
+dequantised fp32 attention, and the way a model gets to them and back.
+
+Run as a script with TRITON_INTERPRET=1 this file prints the largest error of each of `POINTS`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import build, tiny_config
+from torch.nn.functional import scaled_dot_product_attention
+
+from kvcalc.strategies import _packed_attention as packed_attention
+from kvcalc.strategies._packed_attention import (
+    PackedTokens,
+    attend,
+    attention,
+    fits,
+    split_tokens,
+    use_fused,
+)
+from kvcalc.strategies._packed_cache import Packed, packed_cache
+
+LENGTHS = {
+    # group: (packed groups, tail tokens); a split has 256 tokens at least.
+    32: [(1, 0), (0, 1), (0, 300), (7, 3), (8, 130), (9, 1), (17, 256)],
+    4: [(1, 1), (65, 5)],
+    64: [(5, 64)],
+}
+
+POINTS = [
+    *product([1], [4], [64], [32], LENGTHS[32]),
+    *product([2], [1, 8], [128], [32], [(9, 130)]),
+    *product([2], [3], [(96, 64), (12, 20)], [4], LENGTHS[4]),
+    *product([1], [5], [128], [64], LENGTHS[64]),
+    *product([1], [2], [(24, 96)], [32], [(3, 2)]),
+]
+"""Sequences, queries of a KV head, widths of K and V, tokens of a group, and tokens."""
+
+
+def tokens_of(states, *, bits, group, tail, per_channel):
+    """States [batch, KV heads, tokens, width] with all but `tail` tokens packed."""
+    packed, rest = states.split([states.shape[2] - tail, tail], dim=2)
+    made = Packed.of(packed, bits=bits, group=group, per_channel=per_channel)
+    return PackedTokens(made, rest, bits)
+
+
+def example(batch, queries, widths, group, tokens, *, bits, dtype=torch.float32, device="cpu"):
+    """A query for two KV heads, and their keys and values."""
+    generator = torch.Generator().manual_seed(0)
+    groups, tail = tokens
+    key_dim, value_dim = (widths, widths) if isinstance(widths, int) else widths
+    settings = {"bits": bits, "group": group, "tail": tail}
+    total = groups * group + tail
+    query = torch.randn(batch, 2 * queries, 1, key_dim, generator=generator)
+    keys = torch.randn(batch, 2, total, key_dim, generator=generator) + 1
+    values = torch.randn(batch, 2, total, value_dim, generator=generator) + 1
+    return (
+        query.to(device, dtype),
+        tokens_of(keys.to(device, dtype), **settings, per_channel=True),
+        tokens_of(values.to(device, dtype), **settings, per_channel=False),
+    )
+
+
+def reference(query, key, value, *, scaling):
+    """The same in plain PyTorch, computed in fp32: [batch, 1, heads, width]."""
+    keys, values = key.dense().float(), value.dense().float()
+    grouped = query.float().unflatten(1, (keys.shape[1], -1)).squeeze(3)
+    output = scaled_dot_product_attention(grouped, keys, values, scale=scaling)
+    return output.flatten(1, 2).unsqueeze(1)
+
+
+def error_of(point, *, bits, dtype=torch.float32, device="cpu"):
+    """The largest difference between the kernels and the reference."""
+    query, key, value = example(*point, bits=bits, dtype=dtype, device=device)
+    assert fits(query, key, value)
+    found = attend(query, key, value, scaling=0.3)
+    assert found.dtype == dtype
+    expected = reference(query, key, value, scaling=0.3)
+    assert found.shape == expected.shape
+    return (found.float() - expected).abs().max().item()
+
+
+@pytest.fixture(scope="module")
+def errors():
+    """What this file prints under the interpreter."""
+    if find_spec("triton") is None:
+        pytest.skip("triton is not installed, the kernels are not interpreted")
+    root = Path(__file__).parent.parent
+    paths = f"{root}{os.pathsep}{root / 'tests'}"
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
+    command = [sys.executable, __file__]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_kernels_attend_as_dequantised_tokens(errors, bits):
+    """Around groups and splits, for several heads, widths and sequences, without and with a tail,
+    to the rounding of fp32.
+    """
+    assert len(errors[f"{bits}"]) == len(POINTS)
+    assert max(errors[f"{bits}"]) < 1e-5
+
+
+def test_a_model_decodes_by_the_kernels(errors):
+    """From the model down to the kernels, in fp32: the same logits."""
+    assert errors["logits"] < 1e-4
+
+
+def test_kernels_round_like_the_dtype(errors):
+    """In fp16 the error is that of rounding keys, values, weights and outputs of 1 to 2: some
+    halves of an ulp.
+    """
+    assert max(errors["fp16"]) < 4 * 2**-11
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_kernels_attend_on_a_gpu(bits):
+    """Compiled they give the same, and bf16 rounds by its 8 bits."""
+    device = torch.device("cuda")
+    if not torch.cuda.is_available() or not packed_attention.fused_available(device):
+        pytest.skip("no GPU with Triton here, the kernels are not compiled")
+    for point in POINTS:
+        assert error_of(point, bits=bits, device=device) < 1e-4
+        assert error_of(point, bits=bits, dtype=torch.bfloat16, device=device) < 2**-4
+
+
+def llama(**overrides):
+    """A tiny model with grouped heads of width 16, and its tokens."""
+    return build(tiny_config("llama", head_dim=16, **overrides))
+
+
+def decode(model, *, bits=4, steps=3, mask=None, mode=torch.inference_mode):
+    """Logits of single steps after a prompt of 40 tokens, most of them packed, then of a step of
+    two tokens.
+    """
+    tokens = torch.randint(1, 64, (2, 42 + steps), generator=torch.Generator().manual_seed(2))
+    cache = packed_cache(model.config, bits=bits, parameters={"group": 8, "residual": 8})
+    chunks = tokens.split([40] + [1] * steps + [2], dim=1)
+    with mode():
+        outputs = [model(input_ids=chunks[0], past_key_values=cache)]
+        for step in chunks[1:]:
+            seen = cache.get_seq_length() + step.shape[1]
+            attention_mask = mask and torch.ones(2, seen, dtype=torch.long)
+            if mask:
+                attention_mask[0, :3] = 0
+            outputs.append(
+                model(input_ids=step, past_key_values=cache, attention_mask=attention_mask)
+            )
+    return torch.cat([output.logits for output in outputs], dim=1)
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """The fused way, open on a CPU: the reference in place of the kernels."""
+    monkeypatch.setattr(packed_attention, "fused_available", lambda device: True)
+    monkeypatch.setattr(packed_attention, "attend", reference)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_a_model_decodes_the_same_with_and_without(on_cpu, bits, mode):
+    """Single steps are fused in every layer, the prompt and a step of two tokens are not."""
+    model = llama()
+    expected = decode(model, bits=bits, mode=mode)
+    with use_fused(model) as calls:
+        found = decode(model, bits=bits, mode=mode)
+    assert calls == {"fused": 4 * 3, "sdpa": 4 * 2}
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_masked_tokens_are_not_fused(on_cpu):
+    """With padding the tokens are dequantised as before."""
+    model = llama()
+    expected = decode(model, mask=True)
+    with use_fused(model) as calls:
+        found = decode(model, mask=True)
+    assert calls["fused"] == 0
+    assert torch.equal(found, expected)
+
+
+SHARED = {
+    "layer_types": ["sliding_attention", "full_attention"] * 3,
+    "num_kv_shared_layers": 2,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 8,
+    "intermediate_size": 48,
+    "activation_sparsity_pattern": [0.0] * 6,
+    "vocab_size_per_layer_input": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "overrides", "layers"),
+    [
+        ("gemma3_text", {}, 1),  # five layers of six have windows
+        ("gemma3n_text", SHARED, 3),  # the last layers attend to K and V of those before
+        ("qwen3_next", {}, 1),  # every fourth layer attends, the others keep states
+        ("gemma2", {}, 0),  # softcapping: it attends in its own way
+        ("gpt_oss", {}, 0),  # sinks: likewise
+        (
+            "deepseek_v3",
+            {},
+            0,
+        ),  # what is kept are latents, projected up before they are attended to
+    ],
+)
+def test_other_models_decode_the_same(on_cpu, model_type, overrides, layers):
+    """Where the fused way does not cover an attention the tokens come dequantised, whoever reads
+    them.
+    """
+    width = {} if model_type == "deepseek_v3" else {"head_dim": 16}
+    model = build(tiny_config(model_type, num_hidden_layers=6, **width, **overrides))
+    expected = decode(model)
+    with use_fused(model) as calls:
+        found = decode(model)
+    assert calls["fused"] == layers * 3
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_the_implementation_is_restored(on_cpu):
+    """After an error, too; and a model that attends in another way keeps it."""
+    model = llama()
+    with use_fused(model):
+        assert model.config._attn_implementation == packed_attention.NAME
+    with pytest.raises(IndexError), use_fused(model):
+        model(input_ids=torch.tensor([[10_000]]))
+    assert model.config._attn_implementation == "sdpa"
+    model.set_attn_implementation("eager")
+    with use_fused(model) as calls:
+        assert model.config._attn_implementation == "eager"
+        decode(model)
+    assert not calls
+    assert model.config._attn_implementation == "eager"
+
+
+def test_without_cuda_nothing_is_switched():
+    """On a CPU a model attends as before."""
+    model = llama()
+    assert not packed_attention.fused_available(torch.device("cpu"))
+    with use_fused(model) as calls:
+        assert model.config._attn_implementation == "sdpa"
+        decode(model)
+    assert not calls
+
+
+class Module(torch.nn.Module):
+    """An attention module as attention functions know it."""
+
+    num_key_value_groups = 2
+    is_causal = True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "fused"),
+    [
+        ({}, True),
+        ({"scaling": 0.5}, True),
+        ({"position_ids": torch.zeros(1), "use_cache": True, "sliding_window": None}, True),
+        ({"dropout": 1e-9}, False),
+        ({"attention_mask": torch.ones(2, 1, 1, 13, dtype=torch.bool)}, False),
+        ({"sliding_window": 100}, False),
+        ({"position_bias": torch.zeros(2, 4, 1, 13)}, False),
+        ({"never_heard_of": 1}, False),
+    ],
+)
+def test_what_is_more_than_plain_attention_is_left_to_sdpa(on_cpu, arguments, fused):
+    """Both ways give the same; an argument that nobody here knows is not ignored."""
+    query, key, value = example(2, 2, 16, 4, (2, 5), bits=4)
+    packed_attention._calls.clear()
+    mask = {"attention_mask": None} | arguments
+    found, _ = attention(Module(), query, key, value, **mask)
+    assert packed_attention._calls == {"fused" if fused else "sdpa": 1}
+    scaling = arguments.get("scaling", 16**-0.5)
+    assert torch.allclose(found, reference(query, key, value, scaling=scaling), atol=1e-5)
+
+
+def test_softcapping_and_sinks_reach_the_function_that_was_asked(on_cpu):
+    """`sdpa` refuses softcapping in its own words, as without us."""
+    query, key, value = example(1, 2, 16, 4, (2, 5), bits=4)
+    with pytest.raises(ValueError, match="softcap"):
+        attention(Module(), query, key, value, None, softcap=30.0)
+    packed_attention._calls.clear()
+    attention(Module(), query, key, value, None, s_aux=torch.zeros(4))
+    assert packed_attention._calls == {"sdpa": 1}
+
+
+@pytest.mark.parametrize(
+    ("queries", "widths", "group", "why"),
+    [
+        (2, 24, 24, "a group of 24 tokens"),
+        (2, 512, 32, "512 channels"),
+        (2, (16, 512), 32, "512 channels of V"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_left_to_sdpa(queries, widths, group, why):
+    """The kernels take groups of a power of two, and heads of up to 256 channels."""
+    assert not fits(*example(1, queries, widths, group, (1, 1), bits=4)), why
+
+
+def test_packed_tokens_are_tensors():
+    """Whatever computes with them sees the dequantised tokens; their shape costs nothing."""
+    _, key, _ = example(1, 2, 16, 4, (2, 5), bits=4)
+    assert key.shape == (1, 2, 13, 16)
+    assert key.dtype == torch.float32
+    for found, expected in (
+        (key + 1, key.dense() + 1),
+        (key.transpose(1, 2), key.dense().transpose(1, 2)),
+        (torch.cat([key, key]), torch.cat([key.dense()] * 2)),
+        (key[:, :, -3:], key.dense()[:, :, -3:]),
+    ):
+        assert type(found) is torch.Tensor
+        assert torch.equal(found, expected)
+
+
+def test_every_token_is_in_one_split():
+    """For any tail, groups and heads, and no split is empty."""
+    for tail, groups, group, heads in product(
+        (0, 1, 255, 9_999), (0, 1, 9, 4092), (4, 32), (1, 99)
+    ):
+        splits = split_tokens(tail=tail, groups=groups, group=group, heads=heads)
+        for total, size, count in (
+            (tail, splits.tail_tokens, splits.tail),
+            (groups, splits.groups, splits.packed),
+        ):
+            assert (count - 1) * size < total <= count * size or total == count == 0
+
+
+def main():
+    """Print the errors as JSON."""
+    found = {bits: [error_of(point, bits=bits) for point in POINTS] for bits in (8, 4, 2)}
+    # NumPy, which the interpreter computes with, has no bf16.
+    found["fp16"] = [error_of(point, bits=4, dtype=torch.float16) for point in POINTS]
+    model = llama()
+    expected = decode(model)
+    packed_attention.fused_available = lambda device: True
+    with use_fused(model) as calls:
+        found["logits"] = (decode(model) - expected).abs().max().item()
+    assert calls["fused"]
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

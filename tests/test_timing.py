@@ -1,0 +1,234 @@
+"""The method of timing, on a clock that the tests set; and what a killed profile leaves behind."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kvcalc import cli
+from kvcalc.errors import InputError
+from kvcalc.measure import models, profile, timed
+from kvcalc.measure.interrupt import interrupts
+from kvcalc.measure.record import RowFile, claimed
+from kvcalc.measure.session import Session
+from kvcalc.measure.workload import Workload, checked_workload
+from kvcalc.strategies import load_strategy
+
+POINT = Workload(prompt_tokens=24, decode_tokens=6, batch=1, repeats=7, warmup=1, seed=0)
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    """The built-in model on the CPU."""
+    return models.load_model(
+        None,
+        weights="checkpoint",
+        num_layers=None,
+        dtype="fp32",
+        device=torch.device("cpu"),
+        seed=0,
+        revision=None,
+    )
+
+
+@pytest.fixture
+def costs(monkeypatch):
+    """Milliseconds that a forward pass of a strategy takes, give or take 2 %; also the order of
+    the sessions.
+    """
+    chosen_costs: dict[str, float] = {}
+    order: list[str] = []
+    noise = random.Random(0)  # noqa: S311 - no secret
+    now = [0]
+
+    class Priced(Session):
+        def __init__(self, loaded, chosen, workload):
+            super().__init__(loaded, chosen, workload)
+            self._name = chosen.name
+            order.append(chosen.name)
+
+        def _forward(self, tokens):
+            now[0] += int(chosen_costs[self._name] * 1e6 * noise.uniform(0.98, 1.02))
+            return super()._forward(tokens)
+
+    monkeypatch.setattr(timed, "Session", Priced)
+    monkeypatch.setattr(timed, "time", SimpleNamespace(perf_counter_ns=lambda: now[0]))
+    return chosen_costs, order
+
+
+def test_one_strategy_twice_is_alike_and_a_slower_one_is_not(loaded, costs):
+    """The same strategy twice differs by no more than its spread; one that takes 20 % longer is
+    told apart.
+    """
+    prices, order = costs
+    prices |= {"dynamic": 10.0, "int8": 12.0}
+    chosen = [load_strategy(spec) for spec in ("dynamic", "dynamic", "int8")]
+    first, again, slower = profile.profile(loaded, chosen, POINT)
+    assert slower["status"] == "ok", slower["reason"]
+    assert again["ratio_to_dynamic"]["tpot_alike"]
+    assert again["ratio_to_dynamic"]["tpot"] == pytest.approx(1, abs=0.02)
+    assert not slower["ratio_to_dynamic"]["tpot_alike"]
+    assert slower["ratio_to_dynamic"]["tpot"] == pytest.approx(1.2, abs=0.03)
+    assert not slower["ratio_to_dynamic"]["ttft_alike"]
+    assert first["tpot_seconds"]["median"] == pytest.approx(0.010, rel=0.02)
+    assert first["tpot_seconds"]["p90"] <= first["tpot_seconds"]["max"] <= 0.0102
+    assert order == ["dynamic", "dynamic", "int8"] * (1 + POINT.repeats)
+
+
+def test_the_first_decode_step_is_apart():
+    """A slow first step is in its own figure and not in TPOT, whose p90 and max see every other."""
+    runs = [timed.Run(1.0, [0.5, 0.1, 0.1, 0.3]), timed.Run(2.0, [0.7, 0.1, 0.1, 0.1])]
+    summed = timed.summed_up(runs, batch=2)
+    assert summed["ttft_seconds"]["median"] == 1.5
+    assert summed["first_decode_seconds"]["median"] == pytest.approx(0.6)
+    assert summed["tpot_seconds"]["median"] == summed["tpot_seconds"]["min"] == 0.1
+    assert summed["tpot_seconds"]["p90"] == summed["tpot_seconds"]["max"] == 0.3
+    assert summed["tokens_per_second"] == 20
+    only = timed.summed_up([timed.Run(1.0, [0.5])], batch=1)
+    assert only["tpot_seconds"]["median"] == 0.5
+
+
+def lines(path):
+    """The JSON objects of a file; a torn last line is left out."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def test_a_killed_profile_loses_the_run_in_flight_only(tmp_path):
+    """After kill -9 all finished runs are on disk, and `--resume` measures only what is missing."""
+    out = tmp_path / "rows.jsonl"
+    parts_path = tmp_path / "rows.jsonl.parts"
+    small = ["--seq", "32", "--decode", "4", "--warmup", "0", "--device", "cpu"]
+    command = ["profile", *small, "--repeats", "300", "--strategy", "dynamic", "--out", str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kvcalc", *command],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while len(lines(parts_path)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    parts = lines(parts_path)
+    assert not out.exists()
+    assert "counted" in parts[0]
+    with parts_path.open("a") as file:
+        file.write('{"point": {"torn')
+    done = [part["run"] for part in parts if "run" in part]
+    assert len(done) >= 3
+    # The second run asks for as many runs as there are, and two more.
+    point = parts[0]["point"] | {"repeats": len(done) + 2}
+    parts_path.write_text(
+        "".join(json.dumps(part | {"point": point}) + "\n" for part in parts) + '{"torn'
+    )
+    command[command.index("300")] = str(len(done) + 2)
+    resumed = subprocess.run(
+        [sys.executable, "-m", "kvcalc", *command, "--resume", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (row,) = json.loads(resumed.stdout)["rows"]
+    assert row["ttft_seconds"]["runs"][: len(done)] == [run[0] for run in done]
+    assert len(row["ttft_seconds"]["runs"]) == len(done) + 2
+    assert lines(out) == [row]
+    assert not parts_path.exists()
+    again = subprocess.run(
+        [sys.executable, "-m", "kvcalc", *command, "--resume", "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert json.loads(again.stdout)["rows"] == [row]
+    assert lines(out) == [row]
+
+
+def test_a_torn_line_stays_alone(tmp_path):
+    """A row appended after a line that a kill tore starts a line of its own."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"whole": 1}\n{"torn')
+    RowFile(path).append({"whole": 2})
+    assert lines(path) == [{"whole": 1}, {"whole": 2}]
+
+
+def test_what_cannot_fit_is_refused_before_it_runs(loaded, monkeypatch):
+    """A cache larger than the free memory is not tried, unless forced; smaller ones are."""
+    monkeypatch.setattr(profile, "free_memory", lambda device: 100_000)
+    chosen = [load_strategy("dynamic"), load_strategy("int2:group=8,residual=0")]
+    workload = POINT._replace(repeats=1, warmup=0)
+    dynamic, int2 = profile.profile(loaded, chosen, workload)
+    assert dynamic["status"] == "refused"
+    assert "--force" in dynamic["reason"]
+    assert int2["status"] == "ok"
+    assert int2["fidelity"] is None  # the full cache, which it is held against, cannot run
+    forced = next(iter(profile.profile(loaded, chosen[:1], workload, force=True)))
+    assert forced["status"] == "ok"
+
+
+def test_ctrl_c_waits_for_the_run_in_flight_and_twice_does_not(capsys):
+    """The first interrupt is seen between runs, the second at once."""
+    with interrupts() as check:
+        check()
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            check()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert "Ctrl-C again" in capsys.readouterr().err
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_two_profiles_on_one_device_know_of_each_other(monkeypatch, tmp_path):
+    """The second one is told that it is not alone; when the first has ended it is."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    cpu = torch.device("cpu")
+    with claimed(cpu) as first:
+        assert first
+        with claimed(cpu) as second:
+            assert not second
+    with claimed(cpu) as third:
+        assert third
+
+
+def test_a_long_prompt_comes_in_pieces(loaded):
+    """A prompt in pieces leaves the same cache and answers, and peaks lower."""
+    whole = POINT._replace(prompt_tokens=2048, decode_tokens=2, repeats=1, warmup=0)
+    chosen = [load_strategy("dynamic")]
+    (once,) = profile.profile(loaded, chosen, whole)
+    (pieces,) = profile.profile(loaded, chosen, whole._replace(chunk=256))
+    assert pieces["held_bytes"] == once["held_bytes"] == pieces["predicted_bytes"]
+    assert pieces["prefill_peak_bytes"] < 0.8 * once["prefill_peak_bytes"]
+    assert pieces["conditions"]["chunk"] == 256
+
+
+@pytest.mark.parametrize(("name", "value"), [("chunk", "0"), ("repeats", 0), ("warmup", -1)])
+def test_a_workload_that_cannot_be(name, value):
+    """Counts out of range are refused by name."""
+    given = {"seq": "8", "decode": 1, "batch": 1, "repeats": 1, "warmup": 0, "seed": 0}
+    with pytest.raises(InputError, match=f"--{name}"):
+        checked_workload(**{**given, "chunk": "8k", name: value})
+
+
+def test_resume_needs_a_file(capsys):
+    """`--resume` without `--out` has nothing to go on with."""
+    assert cli.run(["profile", "--resume"]) == 2
+    assert "--out" in capsys.readouterr().err

@@ -219,6 +219,7 @@ def profile(
         device=profiling.pick_device(device),
         seed=seed,
         revision=revision,
+        least_cache_bytes=profiling.no_cache if force else profiling.least_cache(chosen, workload),
     )
     rows: list[dict[str, Any]] = []
     try:

@@ -202,6 +202,9 @@ def test_ctrl_c_keeps_the_finished_rows(capsys, monkeypatch, tmp_path):
     ("arguments", "status", "words"),
     [
         (["--out", "/proc/nowhere/rows.jsonl"], 2, "choose another --out"),
+        (["built-in:head_dim=wide"], 2, "its knobs"),
+        (["built-in:num_layers=1"], 2, "cannot be wired"),
+        (["built-in:num_heads=8,num_kv_heads=3"], 2, "no multiple"),
         (["--device", "cuda:99"], 2, "device"),
         (["--device", "toaster"], 2, "device"),
         (["--strategy", "int5"], 2, "unknown strategy"),
@@ -298,6 +301,12 @@ def test_weights_that_do_not_fit_are_refused_before_they_are_made(monkeypatch, c
     arguments = ["llama-3-8b", "--weights", "random"]
     assert cli.run([*SMALL, *arguments]) == 2
     assert "--layers N" in capsys.readouterr().err
+    monkeypatch.setattr(models, "free_memory", lambda device: 2**26)
+    arguments = ["SmolLM-135M", "--weights", "random", "--layers", "1", "--batch", "900"]
+    assert cli.run([*SMALL, *arguments]) == 2
+    complaint = capsys.readouterr().err
+    assert "a cache of" in complaint
+    assert "--force" in complaint
 
 
 def test_the_cpu_peak_is_the_same_in_every_run():
@@ -395,6 +404,10 @@ def test_the_built_in_model_finds_its_needle(capsys):
         assert row["needle_recall"] == {"query_aware": 1, "question_unseen": 1}
     _, (shallow,) = rows_of(capsys, "--strategy", "dynamic", "--depth", "0.1")
     assert shallow["needle_recall"]["query_aware"] == 1
+    knobs = "built-in:num_layers=3,num_heads=6,num_kv_heads=1,head_dim=32,diffuse=1"
+    _, (other,) = rows_of(capsys, knobs, "--strategy", "dynamic")
+    assert other["held_bytes"] == 203 * 3 * 1 * 2 * 32 * 4
+    assert other["needle_recall"] == {"query_aware": 1, "question_unseen": 1}
 
 
 def checkpoint_with_tokenizer(folder):

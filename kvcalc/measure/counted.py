@@ -43,7 +43,7 @@ def count(
         # In numpy's memory, which the peak does not count: it is ours, not the strategy's.
         logits.append(np.array(after.float().cpu()))
 
-    with undisturbed(loaded):
+    with undisturbed(loaded, chosen):
         with peak_memory(loaded.device) as prefill:
             session = Session(loaded, chosen, workload)
             after = session.prefill(feed.prompt)

@@ -1,6 +1,7 @@
 """Models to measure: from a checkpoint, with random weights from a config alone, or built in."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -27,6 +28,16 @@ WIRED = "wired"
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 _TILE = 2**20
+
+
+LeastCache = Callable[[Architecture, Origin, str], int]
+"""The bytes of the smallest cache that is to be measured, for a dtype by name."""
+
+
+def no_cache(architecture: Architecture, origin: Origin, dtype: str) -> int:
+    """Nothing but the weights has to fit."""
+    del architecture, origin, dtype
+    return 0
 
 
 class LoadedModel(NamedTuple):
@@ -86,17 +97,24 @@ def load_model(
     device: torch.device,
     seed: int,
     revision: str | None,
+    least_cache_bytes: LeastCache = no_cache,
 ) -> LoadedModel:
-    """Load or build a model for measuring.
+    """Load or build a model for measuring; None is the built-in one, whose knobs may follow its
+    name: `built-in:num_kv_heads=1,head_dim=128`.
 
     `weights` is `checkpoint` or `random`; `num_layers` keeps only the first layers of a model with
-    random weights. Raises InputError for what cannot be found or does not fit in memory, and
+    random weights; `least_cache_bytes` says what must fit beside them. Raises InputError for what
+    cannot be found or does not fit in memory, and
     UnsupportedError for a model that is not sized or not part of transformers.
     """
     config: Mapping[str, Any]
-    if model is None:
-        config, weights = retrieval.retrieval_config(), WIRED
-        origin = Origin(requested=BUILT_IN, resolved=BUILT_IN, kind="mapping", detail=BUILT_IN)
+    diffuse = False
+    if model is None or model.partition(":")[0] == BUILT_IN:
+        name = model or BUILT_IN
+        knobs = _knobs(name)
+        diffuse = bool(knobs.pop("diffuse", 0))
+        config, weights = retrieval.retrieval_config(**knobs), WIRED
+        origin = Origin(requested=name, resolved=name, kind="mapping", detail=name)
     else:
         config, origin = sources.resolve(model, revision=revision)
     if num_layers is not None and weights == "checkpoint":
@@ -118,9 +136,12 @@ def load_model(
     torch.manual_seed(seed)
     place = None
     if weights == WIRED:
-        loaded: PreTrainedModel = retrieval.build(decoder, device, TORCH_DTYPES[dtype_name])
+        loaded: PreTrainedModel = retrieval.build(
+            decoder, device, TORCH_DTYPES[dtype_name], diffuse=diffuse
+        )
     elif weights == "random":
-        loaded = _random(decoder, origin, TORCH_DTYPES[dtype_name], device)
+        cache_bytes = least_cache_bytes(architecture, origin, dtype_name)
+        loaded = _random(decoder, origin, TORCH_DTYPES[dtype_name], device, cache_bytes)
     else:
         place = _weights_place(origin, revision)
         loaded = _checkpoint(place, TORCH_DTYPES[dtype_name], device, revision)
@@ -128,6 +149,25 @@ def load_model(
     return LoadedModel(
         origin.resolved, loaded, architecture, origin, weights, dtype_name, device, place
     )
+
+
+_KNOBS = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "diffuse")
+
+
+def _knobs(name: str) -> dict[str, int]:
+    """Knobs of the built-in model; InputError for an unknown one or no whole number."""
+    knobs: dict[str, int] = {}
+    for item in filter(None, name.partition(":")[2].split(",")):
+        key, _, value = item.partition("=")
+        if key not in _KNOBS or not re.fullmatch(r"[0-9]{1,4}", value):
+            msg = f"the built-in model has no {shown(item)}; its knobs: {', '.join(_KNOBS)}"
+            raise InputError(msg)
+        knobs[key] = int(value)
+    heads, kv_heads = knobs.get("num_heads", 8), knobs.get("num_kv_heads", 2)
+    if not kv_heads or heads % kv_heads:
+        msg = f"the built-in model's {heads} num_heads are no multiple of {kv_heads} num_kv_heads"
+        raise InputError(msg)
+    return knobs
 
 
 def _decoder_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,7 +199,11 @@ def _first_layers(config: Mapping[str, Any], count: int) -> dict[str, Any]:
 
 
 def _random(
-    config: Mapping[str, Any], origin: Origin, dtype: torch.dtype, device: torch.device
+    config: Mapping[str, Any],
+    origin: Origin,
+    dtype: torch.dtype,
+    device: torch.device,
+    cache_bytes: int,
 ) -> PreTrainedModel:
     if origin.completeness == "partial":
         msg = (
@@ -171,7 +215,7 @@ def _random(
     with torch.device("meta"):
         shapes = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     need_bytes = sum(tensor.numel() for tensor in shapes.parameters()) * dtype.itemsize
-    _check_room(need_bytes, device)
+    _check_room(need_bytes, cache_bytes, device)
     with no_init_weights(), torch.device(device):
         model = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
     model.tie_weights()
@@ -209,12 +253,16 @@ def _hf_config(config: Mapping[str, Any]) -> PreTrainedConfig:
         raise InputError(msg) from None
 
 
-def _check_room(need_bytes: int, device: torch.device) -> None:
+def _check_room(weights_bytes: int, cache_bytes: int, device: torch.device) -> None:
+    """Raise InputError before anything is made when weights and cache are more than is free."""
     free_bytes = free_memory(device)
-    if need_bytes > free_bytes:
+    if weights_bytes + cache_bytes > free_bytes:
+        cache = f" and a cache of {format_bytes(cache_bytes)}" if cache_bytes else ""
+        remedy = " or a smaller --batch (--force tries all the same)" if cache_bytes else ""
         msg = (
-            f"weights of {format_bytes(need_bytes)} do not fit in the {format_bytes(free_bytes)} "
-            f"free on {device}; measure a slice of the layers with --layers N"
+            f"weights of {format_bytes(weights_bytes)}{cache} do not fit in the "
+            f"{format_bytes(free_bytes)} free on {device}; measure a slice of the layers with "
+            f"--layers N{remedy}"
         )
         raise InputError(msg)
 

@@ -15,19 +15,21 @@ from torch import Tensor
 from kvcalc.dtypes import FORMATS
 from kvcalc.engines import load_engine
 from kvcalc.errors import EXIT_BUG, KvcalcError, PredictionBrokenError, UnsupportedError
+from kvcalc.families import Architecture
 from kvcalc.measure import nvml
 from kvcalc.measure.counted import count
 from kvcalc.measure.feeds import Feed, choose_feed, needle_feed
 from kvcalc.measure.fidelity import fidelity
 from kvcalc.measure.interrupt import interrupts
 from kvcalc.measure.light import achieved, speed_of_light
-from kvcalc.measure.models import LoadedModel, load_model, pick_device
+from kvcalc.measure.models import LeastCache, LoadedModel, load_model, no_cache, pick_device
 from kvcalc.measure.peak import estimated_peaks
 from kvcalc.measure.record import RowFile, claimed, conditions, free_memory
 from kvcalc.measure.retrieval import recall
 from kvcalc.measure.session import Session, few_objects, release, undisturbed
 from kvcalc.measure.timed import Run, summed_up, time_once
 from kvcalc.measure.workload import Workload
+from kvcalc.origin import Origin
 from kvcalc.sizing import SizeReport, size_architecture
 from kvcalc.strategies import BASELINE, ChosenStrategy, load_strategy
 from kvcalc.units import format_bytes
@@ -41,7 +43,9 @@ __all__ = [
     "claimed",
     "exit_status",
     "interrupts",
+    "least_cache",
     "load_model",
+    "no_cache",
     "pick_device",
     "profile",
 ]
@@ -118,15 +122,41 @@ def profile(
 
 def predict(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload) -> SizeReport:
     """The promise that the measurement is held against."""
+    return _predict(loaded.architecture, loaded.origin, loaded.dtype, chosen, workload)
+
+
+def _predict(
+    architecture: Architecture,
+    origin: Origin,
+    dtype: str,
+    chosen: ChosenStrategy,
+    workload: Workload,
+) -> SizeReport:
     return size_architecture(
-        loaded.architecture,
-        origin=loaded.origin,
+        architecture,
+        origin=origin,
         seq_tokens=workload.total_tokens,
         batch=workload.batch,
-        kv_dtype=loaded.dtype,
+        kv_dtype=dtype,
         engine="transformers",
         strategy=chosen.spec,
     )
+
+
+def least_cache(strategies: Sequence[ChosenStrategy], workload: Workload) -> LeastCache:
+    """What the smallest cache of these strategies takes, those left out that do not apply."""
+
+    def least(architecture: Architecture, origin: Origin, dtype: str) -> int:
+        sizes = []
+        for chosen in strategies:
+            try:
+                report = _predict(architecture, origin, dtype, chosen, workload)
+            except KvcalcError:
+                continue
+            sizes.append(report.total_bytes)
+        return min(sizes, default=0)
+
+    return least
 
 
 def _entry(
@@ -255,7 +285,7 @@ def _count_all(
 def _recall_unseen(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload) -> float | None:
     """Recall where the prompt does not hold the question, which comes after any compression."""
     feed = needle_feed(loaded, workload, ask=False)
-    with undisturbed(loaded):
+    with undisturbed(loaded, chosen):
         session = Session(loaded, chosen, workload)
         session.prefill(feed.prompt)
         logits = session.decode(feed.steps[0])
@@ -314,7 +344,7 @@ def _time_all(
 
 def _energy(loaded: LoadedModel, entry: Entry, workload: Workload, feed: Feed) -> float | None:
     """Joules of a decoded token, over one more run of decode steps."""
-    with undisturbed(loaded):
+    with undisturbed(loaded, entry.chosen):
         session = Session(loaded, entry.chosen, workload)
         session.prefill(feed.prompt)
         torch.cuda.synchronize(loaded.device)

@@ -8,7 +8,7 @@ import gc
 import importlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,6 +23,10 @@ from kvcalc.strategies._packed_attention import use_fused
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
+
+
+PACKED = frozenset({"int8", "int4", "int2"})
+"""Strategies whose storage the kernel of `_packed_attention` reads."""
 
 
 class Session:
@@ -99,16 +103,17 @@ def few_objects() -> Iterator[None]:
 
 
 @contextmanager
-def undisturbed(loaded: LoadedModel) -> Iterator[Counter[str]]:
+def undisturbed(loaded: LoadedModel, chosen: ChosenStrategy) -> Iterator[Counter[str]]:
     """No autograd, and no garbage collection in the middle of a phase; on a GPU packed caches are
-    attended to by their own kernel.
+    attended to by their own kernel, and only they: its dispatch costs others a little.
 
     Yields how many calls of that attention were `fused`; it stays empty where there is none.
     """
     gc.collect()
     gc.disable()
     try:
-        with torch.inference_mode(), use_fused(loaded.model) as calls:
+        own = use_fused(loaded.model) if chosen.name in PACKED else nullcontext(Counter[str]())
+        with torch.inference_mode(), own as calls:
             yield calls
     finally:
         gc.enable()

@@ -58,7 +58,7 @@ class Clock:
 
 def time_once(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload, feed: Feed) -> Run:
     """One run from an empty cache."""
-    with undisturbed(loaded) as calls:
+    with undisturbed(loaded, chosen) as calls:
         session = Session(loaded, chosen, workload)
         clock = Clock(loaded.device)
         clock.mark()

@@ -15,6 +15,7 @@ from kvcalc.engines import load_engine
 from kvcalc.measure.models import LoadedModel
 from kvcalc.measure.workload import Workload
 from kvcalc.sizing import SizeReport
+from kvcalc.strategies import ChosenStrategy
 from kvcalc.units import MAX_TOKENS
 
 
@@ -56,15 +57,15 @@ def peak_memory(device: torch.device, *, level_bytes: int = 0) -> Iterator[Peak]
 
 
 def estimated_peaks(
-    loaded: LoadedModel, workload: Workload, predicted: SizeReport
+    loaded: LoadedModel, workload: Workload, chosen: ChosenStrategy, predicted: SizeReport
 ) -> dict[str, int]:
     """Peaks above the weights to expect: an estimate, unlike the bytes of the cache.
 
     - Prefill: the cache, and of one piece of the prompt the widest activations that are alive at
       once in a layer: the residual, its norm and their sum, and either gate, up and their product,
       or values, and queries and keys thrice, as their rotation makes them.
-    - Decode: the cache, and keys and values of its largest layer once more in the model's dtype,
-      which concatenating or dequantising them makes.
+    - Decode: the cache, and keys and values of its largest layer in the model's dtype, as often as
+      the strategy makes them anew; where it recomputes, a prefill.
     """
     text: Any = loaded.model.config.get_text_config(decoder=True)
     width = FORMATS[loaded.dtype].block_bytes
@@ -89,4 +90,5 @@ def estimated_peaks(
         default=0,
     )
     cache = predicted.total_bytes
-    return {"prefill_bytes": cache + activations, "decode_bytes": cache + copied}
+    decode = activations if chosen.recomputes else chosen.copies * copied
+    return {"prefill_bytes": cache + activations, "decode_bytes": cache + decode}

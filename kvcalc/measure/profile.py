@@ -259,7 +259,7 @@ def _count_all(
                 full = counted.logits
             fields = dict(counted.fields)
             fields["predicted_bytes"] = predicted.total_bytes
-            fields["estimated_peaks"] = estimated_peaks(loaded, workload, predicted)
+            fields["estimated_peaks"] = estimated_peaks(loaded, workload, entry.chosen, predicted)
             fields["notes"] = _explanations(counted.fields)
             fields["figures"] = entry.chosen.figures(
                 load_engine("transformers").lay_out(loaded.architecture),

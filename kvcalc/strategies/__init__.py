@@ -34,6 +34,8 @@ class Strategy(Protocol):
       and raises UnsupportedError for a model that the strategy cannot take as a whole;
     - `figures(layers, parameters, *, tokens, batch, dtype)`: further byte counts by name (room
       without tokens in a paged cache, what an offloaded one has on the device);
+    - `COPIES`: how often a decode step makes a layer's K and V anew, in the model's dtype, while it
+      attends to them (two where they come from elsewhere and are joined with the newest);
     - `RECOMPUTES = True`, where nothing is cached and each step is run with the whole sequence.
     """
 
@@ -73,6 +75,11 @@ class ChosenStrategy(NamedTuple):
     def recomputes(self) -> bool:
         """Whether each step must be given the whole sequence, for want of a cache."""
         return bool(getattr(self.strategy, "RECOMPUTES", False))
+
+    @property
+    def copies(self) -> int:
+        """How often a decode step makes a layer's K and V anew."""
+        return int(getattr(self.strategy, "COPIES", 2))
 
     def check(self, layers: Sequence[Layer]) -> None:
         """Raise UnsupportedError for a model that the strategy cannot take as a whole."""

@@ -9,6 +9,9 @@ SOURCE = "transformers DynamicCache"
 WORKS_ON = "every model that is sized"
 PARAMETERS: Mapping[str, int] = {}
 
+COPIES = 1
+"""A step makes a layer's rows once more, in one piece."""
+
 
 def apply(layer: Layer, parameters: Mapping[str, int]) -> Layer:
     """As it is."""

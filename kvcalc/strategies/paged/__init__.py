@@ -28,6 +28,9 @@ SOURCE = "PagedAttention, arXiv:2309.06180, section 4"
 WORKS_ON = "full-attention, window and latent layers; states and index keys stay as they are"
 PARAMETERS: Mapping[str, int] = {"block": 16}
 
+COPIES = 1
+"""A step makes a layer's rows once more, in one piece."""
+
 ENTRY_BYTES = 4
 """The int32 of a block in a sequence's table."""
 

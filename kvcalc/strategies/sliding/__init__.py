@@ -18,6 +18,9 @@ SOURCE = "the windows of the model's config; its own storage"
 WORKS_ON = "models with window or chunked layers"
 PARAMETERS: Mapping[str, int] = {}
 
+COPIES = 1
+"""A step makes a layer's rows once more, in one piece."""
+
 NO_WINDOW = (
     "sliding needs a model with windows of its own, and no layer here has one; use dynamic; "
     "deciding fields: sliding_window, layer_types, attention_chunk_size"

@@ -16,6 +16,9 @@ SOURCE = "transformers StaticCache"
 WORKS_ON = "full-attention, window and latent layers and index keys; states are as they are"
 PARAMETERS: Mapping[str, int] = {}
 
+COPIES = 0
+"""A step attends to the rows where they are."""
+
 COUNTER_BYTES = 8
 """The int64 position at which a layer writes next, kept on the device beside K and V. Index keys
 have one of their own.

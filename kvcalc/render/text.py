@@ -401,14 +401,17 @@ def _times(row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _labels(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each row's strategy, with its parameters where a strategy stands there twice."""
+    """Each row's strategy, with its parameters where a strategy stands there twice, and a number
+    where the very same does.
+    """
     names = [row["strategy"] for row in rows]
-    return [
-        f"{name}:" + ",".join(f"{key}={value}" for key, value in row["parameters"].items())
-        if names.count(name) > 1
-        else name
-        for name, row in zip(names, rows, strict=True)
-    ]
+    labels: list[str] = []
+    for name, row in zip(names, rows, strict=True):
+        parameters = ",".join(f"{key}={value}" for key, value in row["parameters"].items())
+        label = f"{name}:{parameters}" if names.count(name) > 1 and parameters else name
+        before = sum(other.partition(" #")[0] == label for other in labels)
+        labels.append(f"{label} #{before + 1}" if before else label)
+    return labels
 
 
 def _milliseconds(timing: Mapping[str, Any]) -> str:

@@ -279,6 +279,22 @@ def test_a_row_that_cannot_be_written_is_still_shown(capsys, monkeypatch, tmp_pa
     assert "disk full" in printed.err
 
 
+def test_a_full_disk_ends_the_profile(capsys, monkeypatch, tmp_path):
+    """A part that cannot be written is no refusal of the strategy: the profile ends and says so."""
+
+    def full(self, point, **part):
+        msg = "cannot write: disk full"
+        raise OutputError(msg)
+
+    monkeypatch.setattr(RowFile, "append_part", full)
+    arguments = ["--json", "--strategy", "dynamic,static", "--out", str(tmp_path / "rows.jsonl")]
+    assert cli.run([*SMALL, *arguments]) == 2
+    printed = capsys.readouterr()
+    (row,) = json.loads(printed.out)["rows"]
+    assert (row["strategy"], row["status"]) == ("dynamic", "interrupted")
+    assert "disk full" in printed.err
+
+
 def test_no_file_is_left_where_nothing_was_measured(tmp_path):
     """A profile that fails before its first row leaves no empty file behind."""
     out = tmp_path / "rows.jsonl"

@@ -14,7 +14,13 @@ from torch import Tensor
 
 from kvcalc.dtypes import FORMATS
 from kvcalc.engines import load_engine
-from kvcalc.errors import EXIT_BUG, KvcalcError, PredictionBrokenError, UnsupportedError
+from kvcalc.errors import (
+    EXIT_BUG,
+    KvcalcError,
+    OutputError,
+    PredictionBrokenError,
+    UnsupportedError,
+)
 from kvcalc.families import Architecture
 from kvcalc.measure import nvml
 from kvcalc.measure.counted import count
@@ -92,7 +98,7 @@ def profile(
     got.
     """
     entries = [
-        _entry(loaded, chosen, workload, strategies[:place], file)
+        _entry(loaded, chosen, workload, strategies[:place], text, file)
         for place, chosen in enumerate(strategies)
     ]
     try:
@@ -164,6 +170,7 @@ def _entry(
     chosen: ChosenStrategy,
     workload: Workload,
     before: Sequence[ChosenStrategy],
+    text: Path | None,
     file: RowFile | None,
 ) -> Entry:
     """A new row, or the one that `file` has already."""
@@ -175,6 +182,7 @@ def _entry(
         "dtype": loaded.dtype,
         "attention": loaded.model.config._attn_implementation,  # noqa: SLF001 - its only name
         **workload._asdict(),
+        "text": str(text) if text else None,
         "chunk": min(workload.chunk, workload.prompt_tokens)
         if loaded.takes_chunks
         else workload.prompt_tokens,
@@ -363,6 +371,8 @@ def _guarded(entry: Entry, loaded: LoadedModel) -> Iterator[None]:
     """What goes wrong in one strategy becomes its row's status and costs no other."""
     try:
         yield
+    except OutputError:  # the disk's fault, and nothing can be kept any more
+        raise
     except Exception as error:  # noqa: BLE001 - whatever a strategy may raise
         status, reason = _went_wrong(error, entry.row)
         if entry.row["status"] == "mismatch":  # found before: the graver news stays first

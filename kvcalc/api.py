@@ -190,6 +190,26 @@ def list_models(words: Sequence[str] = ()) -> list[dict[str, Any]]:
     return rows
 
 
+def list_gpus(words: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Accelerators in whose id, names, vendor or architecture each word occurs; a figure is a
+    value with its source and date, or None where nothing vouches for it.
+    """
+    from kvcalc.hardware import FIGURES, gpu_ids, load_gpu
+
+    wanted = [word.lower() for word in words]
+    rows = []
+    for gpu in map(load_gpu, gpu_ids()):
+        searched = " ".join((gpu.id, gpu.name, *gpu.also, gpu.vendor, gpu.architecture or ""))
+        if not all(word in searched.lower() for word in wanted):
+            continue
+        row = gpu._asdict()
+        for name in FIGURES:
+            figure = row[name]
+            row[name] = figure and {**figure._asdict(), "date": figure.date.isoformat()}
+        rows.append(row)
+    return rows
+
+
 def _sized(config: Mapping[str, Any]) -> dict[str, Any]:
     """Family and cost of a catalogue entry once its windows are full, or why it is refused."""
     facts = {

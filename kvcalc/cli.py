@@ -138,6 +138,27 @@ def models(
     text.print_models(rows, pattern=" ".join(words or ()))
 
 
+def gpus(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[FILTER...]", help="Parts of an id, name, vendor or architecture."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """List and search the accelerators whose figures are known."""
+    from kvcalc import api
+
+    rows = api.list_gpus(words or ())
+    if json:
+        from kvcalc.render import data
+
+        data.write_json({"schema": "kvcalc.gpus/1", "gpus": rows})
+        return
+    from kvcalc.render import text
+
+    text.print_gpus(rows, pattern=" ".join(words or ()))
+
+
 def strategies(
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="Tell about one strategy.")] = "",
     json: Json = False,
@@ -256,6 +277,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "size": size,
     "profile": profile,
     "models": models,
+    "gpus": gpus,
     "strategies": strategies,
 }
 

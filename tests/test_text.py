@@ -153,3 +153,27 @@ def test_strategies_are_listed(screen):
     assert {"dynamic", "static", "int4"} <= {one["name"] for one in listed}
     (one,) = json.loads(screen("strategies", "int4", "--json"))["strategies"]
     assert one["parameters"] == {"group": 32, "residual": 128}
+
+
+def test_accelerators_are_listed(screen):
+    """One line for each accelerator in whose id, name, vendor or architecture every word occurs."""
+    assert (
+        screen("gpus", "hopper", "h100")
+        == """\
+GPU             Architecture      Memory      Usable   GB/s  BF16 TFLOPS    W
+h100-nvl-94gb   Hopper        94.000 GiB              3,940        835.0  400
+h100-pcie-80gb  Hopper        80.000 GiB              2,000        756.5  350
+h100-sxm-80gb   Hopper        80.000 GiB  79.647 GiB  3,350        989.4  700
+
+3 accelerators matching 'hopper h100'; --json gives each figure's source and date"""
+    )
+    assert "0 accelerators" in screen("gpus", "abacus")
+
+
+def test_accelerators_as_data(capsys):
+    """`--json` gives each figure with source and date, and null where nothing vouches for it."""
+    assert cli.run(["gpus", "h100-pcie", "--json"]) == 0
+    (gpu,) = json.loads(capsys.readouterr().out)["gpus"]
+    assert gpu["bandwidth_bytes_per_second"]["value"] == 2_000_000_000_000
+    assert gpu["bandwidth_bytes_per_second"]["source"]
+    assert gpu["usable_bytes"] is None

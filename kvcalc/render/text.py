@@ -22,7 +22,18 @@ def console() -> Console:
 
 
 _WORDS = frozenset(
-    {"Model", "Type", "Family", "Strategy", "Dtype", "Layers", "Kind", "Keeps for a token"}
+    {
+        "Model",
+        "GPU",
+        "Architecture",
+        "Type",
+        "Family",
+        "Strategy",
+        "Dtype",
+        "Layers",
+        "Kind",
+        "Keeps for a token",
+    }
 )
 """Columns of words, to the left; all others hold numbers, to the right."""
 
@@ -274,6 +285,38 @@ def print_models(rows: Sequence[Mapping[str, Any]], *, pattern: str) -> None:
     matching = f" matching {pattern!r}" if pattern else ""
     count = f"{len(rows)} model{'s' * (len(rows) != 1)}"
     out.print(f"{count}{matching}, {sized} of them sized", style="dim")
+
+
+def print_gpus(rows: Sequence[Mapping[str, Any]], *, pattern: str) -> None:
+    """The accelerators with the figures that decide a cache's size and speed."""
+    out = console()
+    shown = table("GPU", "Architecture", "Memory", "Usable", "GB/s", "BF16 TFLOPS", "W")
+    for row in rows:
+        memory, usable, bandwidth, flops, power = (
+            row[name]["value"] if row[name] else None
+            for name in (
+                "memory_bytes",
+                "usable_bytes",
+                "bandwidth_bytes_per_second",
+                "bf16_flops",
+                "power_watts",
+            )
+        )
+        shown.add_row(
+            row["id"],
+            row["architecture"] or "",
+            format_bytes(memory) if memory else "",
+            format_bytes(usable) if usable else "",
+            f"{bandwidth / 1e9:,.0f}" if bandwidth else "",
+            f"{flops / 1e12:,.1f}" if flops else "",
+            str(power or ""),
+        )
+    if rows:
+        out.print(shown)
+        out.print()
+    matching = f" matching {pattern!r}" if pattern else ""
+    count = f"{len(rows)} accelerator{'s' * (len(rows) != 1)}"
+    out.print(f"{count}{matching}; --json gives each figure's source and date", style="dim")
 
 
 def print_strategies(rows: Sequence[Mapping[str, Any]]) -> None:

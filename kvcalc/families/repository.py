@@ -7,7 +7,9 @@ entry names the file of the repository. Every token keeps K and V of each KV hea
 too, whose block-sparse attention reads fewer of them).
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from kvcalc.config import ConfigFields
 from kvcalc.families._heads import full_attention, num_layers, repeat, width_of_a_head
@@ -27,23 +29,26 @@ UNDERSTANDS = frozenset({"multi_query_attention", "block_configs", "use_cla"})
 
 
 def layers(config: ConfigFields) -> tuple[Layer, ...]:
-    """The same layer everywhere, unless the type says its heads layer by layer."""
-    if config.model_type == "openelm":
-        return _openelm(config)
-    if config.model_type == "nemotron-nas":
-        return _searched(config)
+    """The same layer everywhere, unless the type has a rule of its own."""
+    rule = RULES.get(config.model_type)
+    return rule(config) if rule else repeat(config, full_attention(config))
+
+
+def _multi_query(config: ConfigFields) -> tuple[Layer, ...]:
+    """ChatGLM's KV heads are as many as its query heads unless a flag says otherwise."""
     layer = full_attention(config)
-    if config.model_type == "chatglm" and not config.flag("multi_query_attention"):
+    if not config.flag("multi_query_attention"):
         layer = replace(layer, kv_heads=config.count("num_attention_heads"))
-    if config.model_type == "hunyuan" and config.flag("use_cla"):
-        return _cross_layer(config, layer)
     return repeat(config, layer)
 
 
-def _cross_layer(config: ConfigFields, layer: Layer) -> tuple[Layer, ...]:
+def _cross_layer(config: ConfigFields) -> tuple[Layer, ...]:
     """Cross-layer attention (arXiv:2405.12981): of each `cla_share_factor` layers the first keeps
     K and V for all (vLLM hunyuan_v1.py).
     """
+    layer = full_attention(config)
+    if not config.flag("use_cla"):
+        return repeat(config, layer)
     factor = config.count("cla_share_factor")
     shared = NoCache(reason="shares an earlier layer's K and V")
     return tuple(shared if index % factor else layer for index in range(num_layers(config)))
@@ -79,3 +84,14 @@ def _searched(config: ConfigFields) -> tuple[Layer, ...]:
             raise config.wrong("n_heads_in_group", size, f"a divisor of {heads} heads")
         built.append(FullAttention(kv_heads=heads // size, key_dim=width, value_dim=width))
     return tuple(built)
+
+
+RULES: Mapping[str, Callable[[ConfigFields], tuple[Layer, ...]]] = MappingProxyType(
+    {
+        "chatglm": _multi_query,
+        "hunyuan": _cross_layer,
+        "nemotron-nas": _searched,
+        "openelm": _openelm,
+    }
+)
+"""Types whose layers are not all plain and alike."""

@@ -204,8 +204,12 @@ def profile(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     json: Json = False,
     out: Annotated[Path | None, typer.Option(help="Append each row to this JSONL file.")] = None,
-    resume: Annotated[bool, typer.Option(help="Go on with what --out has already.")] = False,
-    force: Annotated[bool, typer.Option(help="Try what will not fit in memory.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with what --out has already.")
+    ] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Try what will not fit in memory.")
+    ] = False,
 ) -> None:
     """Run a real model under cache strategies: bytes, peak, TTFT, TPOT, fidelity."""
     from kvcalc.measure import require_torch

@@ -87,7 +87,10 @@ def prefill_work(loaded: LoadedModel, tokens: int, batch: int) -> Work:
 
 
 def decode_work(loaded: LoadedModel, workload: Workload, cache_bytes: int) -> Work:
-    """One token of each sequence: every weight that it uses, and the whole cache, are read once."""
+    """One token of each sequence: every weight that it uses, and the whole cache, are read once.
+
+    Its attention is bound by that reading and adds no operations here.
+    """
     weights = _matrices(loaded.model)
     experts = weights.pop("experts", 0)
     active = _active_fraction(loaded.model.config)
@@ -135,7 +138,8 @@ def _attention_flops(loaded: LoadedModel, layer: Any, tokens: int) -> int:  # no
             continue
         kept = part.tokens_kept(tokens)
         pairs = kept * (kept + 1) // 2 + (tokens - kept) * kept
-        _, key_dim, value_dim = part.rows()
+        heads_of = part.expanded() if hasattr(part, "expanded") else part  # latents are expanded
+        _, key_dim, value_dim = heads_of.rows()
         flops += 2 * heads * pairs * (key_dim + (value_dim or key_dim))
     return flops
 

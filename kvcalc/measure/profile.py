@@ -97,8 +97,9 @@ def profile(
     same, and the OutputError follows; so are the rows of a run that is interrupted, as far as they
     got.
     """
+    about = conditions(loaded.device)
     entries = [
-        _entry(loaded, chosen, workload, strategies[:place], text, file)
+        _entry(loaded, chosen, workload, strategies[:place], text, file, about)
         for place, chosen in enumerate(strategies)
     ]
     try:
@@ -172,9 +173,9 @@ def _entry(
     before: Sequence[ChosenStrategy],
     text: Path | None,
     file: RowFile | None,
+    about: Mapping[str, Any],
 ) -> Entry:
     """A new row, or the one that `file` has already."""
-    about = conditions(loaded.device)
     settings = {
         "model_type": loaded.architecture.model_type,
         "num_layers": len(loaded.architecture.layers),
@@ -288,6 +289,7 @@ def _count_all(
             entry.row.update(fields)
             if file is not None:
                 file.append_part(entry.point, counted=fields)
+        release(loaded.device)
 
 
 def _recall_unseen(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload) -> float | None:
@@ -379,7 +381,6 @@ def _guarded(entry: Entry, loaded: LoadedModel) -> Iterator[None]:
             status, reason = "mismatch", f"{entry.row['reason']}; then {reason}"
         entry.row.update(status=status, reason=reason)
         entry.runs.clear()
-    finally:
         release(loaded.device)
 
 

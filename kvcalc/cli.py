@@ -232,8 +232,7 @@ def profile(
         raise InputError(msg)
     require_torch()
     from kvcalc.measure import profile as profiling
-    from kvcalc.render import data
-    from kvcalc.render import text as screen
+    from kvcalc.render import data, measured
 
     file = profiling.RowFile(out, resume=resume) if out else None
     loaded = profiling.load_model(
@@ -251,7 +250,7 @@ def profile(
         with (
             profiling.claimed(loaded.device) as alone,
             profiling.interrupts() as check,
-            screen.progress() as show,
+            measured.progress() as show,
         ):
             if not alone:
                 _complain(f"another profile runs on {loaded.device}: both disturb each other")
@@ -260,15 +259,16 @@ def profile(
                 check()
                 show(what)
 
-            measured = profiling.profile(
-                loaded, chosen, workload, text=text, file=file, force=force, tell=tell
+            rows.extend(
+                profiling.profile(
+                    loaded, chosen, workload, text=text, file=file, force=force, tell=tell
+                )
             )
-            rows.extend(measured)
     finally:  # after Ctrl-C too: what was measured is shown
         if json:
             data.write_json({"schema": profiling.SCHEMA, "rows": rows})
         elif rows:
-            screen.print_profile(rows)
+            measured.print_profile(rows)
         finished = sum(row["status"] != "interrupted" for row in rows)
         if finished < len(chosen):
             _complain(f"{finished} of {len(chosen)} strategies measured")

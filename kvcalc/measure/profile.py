@@ -15,10 +15,8 @@ from torch import Tensor
 from kvcalc.dtypes import FORMATS
 from kvcalc.engines import load_engine
 from kvcalc.errors import (
-    EXIT_BUG,
     KvcalcError,
     OutputError,
-    PredictionBrokenError,
     UnsupportedError,
 )
 from kvcalc.families import Architecture
@@ -32,6 +30,7 @@ from kvcalc.measure.models import LeastCache, LoadedModel, load_model, no_cache,
 from kvcalc.measure.peak import estimated_peaks
 from kvcalc.measure.record import RowFile, claimed, conditions, free_memory
 from kvcalc.measure.retrieval import recall
+from kvcalc.measure.row import exit_status, explanations, new_row, ratios, went_wrong
 from kvcalc.measure.session import Session, few_objects, release, undisturbed
 from kvcalc.measure.timed import Run, summed_up, time_once
 from kvcalc.measure.workload import Workload
@@ -41,7 +40,6 @@ from kvcalc.strategies import BASELINE, ChosenStrategy, load_strategy
 from kvcalc.units import format_bytes
 
 SCHEMA = "kvcalc.profile/1"
-ROW_SCHEMA = "kvcalc.profile-row/1"
 
 __all__ = [
     "SCHEMA",
@@ -196,38 +194,7 @@ def _entry(
         **{key: about[key] for key in ("torch", "transformers", "device", "threads")},
     }
     known = file.row(point) if file else None
-    row = known or {
-        "schema": ROW_SCHEMA,
-        "model": loaded.name,
-        "strategy": chosen.name,
-        "parameters": dict(chosen.parameters),
-        "status": "ok",
-        "reason": "",
-        "predicted_bytes": None,
-        "held_bytes": None,
-        "logical_bytes": None,
-        "after_prefill_bytes": None,
-        "prefill_peak_bytes": None,
-        "decode_peak_bytes": None,
-        "peak_bytes": None,
-        "estimated_peaks": None,
-        "ttft_seconds": None,
-        "first_decode_seconds": None,
-        "tpot_seconds": None,
-        "tokens_per_second": None,
-        "decode_mode": None,
-        "energy_joules_per_token": None,
-        "throttled": [],
-        "fidelity": None,
-        "needle_recall": None,
-        "speed_of_light": None,
-        "ratio_to_dynamic": None,
-        "layers": [],
-        "notes": [],
-        "figures": {},
-        "point": point,
-        "conditions": {**about, **settings},
-    }
+    row = known or new_row(loaded.name, chosen, point, {**about, **settings})
     runs = []
     for part in file.parts(point) if file and not known else []:
         if "counted" in part:
@@ -269,7 +236,7 @@ def _count_all(
             fields = dict(counted.fields)
             fields["predicted_bytes"] = predicted.total_bytes
             fields["estimated_peaks"] = estimated_peaks(loaded, workload, entry.chosen, predicted)
-            fields["notes"] = _explanations(counted.fields)
+            fields["notes"] = explanations(counted.fields)
             fields["figures"] = entry.chosen.figures(
                 load_engine("transformers").lay_out(loaded.architecture),
                 tokens=workload.total_tokens,
@@ -376,29 +343,12 @@ def _guarded(entry: Entry, loaded: LoadedModel) -> Iterator[None]:
     except OutputError:  # the disk's fault, and nothing can be kept any more
         raise
     except Exception as error:  # noqa: BLE001 - whatever a strategy may raise
-        status, reason = _went_wrong(error, entry.row)
+        status, reason = went_wrong(error, entry.row)
         if entry.row["status"] == "mismatch":  # found before: the graver news stays first
             status, reason = "mismatch", f"{entry.row['reason']}; then {reason}"
         entry.row.update(status=status, reason=reason)
         entry.runs.clear()
         release(loaded.device)
-
-
-def _went_wrong(error: Exception, row: Mapping[str, Any]) -> tuple[str, str]:
-    if isinstance(error, KvcalcError):
-        return "refused", str(error)
-    if _is_out_of_memory(error):
-        predicted = row["predicted_bytes"]
-        cache = f"the cache alone takes {predicted:,} bytes; " if predicted else ""
-        return "out_of_memory", f"{cache}use a shorter --seq, a smaller --batch, or --layers N"
-    return "failed", f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    return "can't allocate memory" in text or "not enough memory" in text
 
 
 def _refuse_what_cannot_fit(loaded: LoadedModel, predicted: SizeReport) -> None:
@@ -415,21 +365,6 @@ def _refuse_what_cannot_fit(loaded: LoadedModel, predicted: SizeReport) -> None:
         raise UnsupportedError(msg)
 
 
-def _explanations(fields: Mapping[str, Any]) -> list[str]:
-    """Why the bytes held are not those of the tensors, where they differ."""
-    notes = []
-    if fields["after_prefill_bytes"] > fields["held_bytes"]:
-        notes.append(
-            f"after the prefill {fields['after_prefill_bytes']:,} bytes were alive: window layers "
-            "are views of the whole piece until the first decode step"
-        )
-    if fields["held_bytes"] > fields["logical_bytes"]:
-        notes.append(
-            f"its tensors show {fields['logical_bytes']:,} bytes: some are views of larger storages"
-        )
-    return notes
-
-
 def _finished(entry: Entry, workload: Workload, first: Entry) -> dict[str, Any]:
     """The row with times over its runs, the fractions of the ceilings and the ratios."""
     row = entry.row
@@ -437,42 +372,5 @@ def _finished(entry: Entry, workload: Workload, first: Entry) -> dict[str, Any]:
         row |= summed_up(entry.runs, batch=workload.batch)
         row["speed_of_light"] |= achieved(row["speed_of_light"], row)
     if first.chosen.name == BASELINE and row["held_bytes"] is not None:
-        row["ratio_to_dynamic"] = _ratios(row, first.row)
+        row["ratio_to_dynamic"] = ratios(row, first.row)
     return row
-
-
-def _ratios(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Figures over those of the baseline; times are `alike` when they differ by no more than both
-    spreads together.
-    """
-    if not baseline["held_bytes"]:
-        return None
-    ratios: dict[str, Any] = {
-        "held": row["held_bytes"] / baseline["held_bytes"],
-        "peak": row["peak_bytes"] / baseline["peak_bytes"],
-    }
-    for name in ("ttft", "tpot"):
-        mine, other = row[f"{name}_seconds"], baseline[f"{name}_seconds"]
-        if mine and other:
-            ratios[name] = mine["median"] / other["median"]
-            difference = abs(mine["median"] - other["median"])
-            ratios[f"{name}_alike"] = difference <= mine["spread"] + other["spread"]
-    return ratios
-
-
-def exit_status(rows: Sequence[Mapping[str, Any]]) -> int:
-    """0 when every row is ok, else that of the gravest: too little memory is 1, a failure 70, a
-    refusal 3.
-
-    Raises PredictionBrokenError when a row held other bytes than predicted.
-    """
-    found = [row["status"] for row in rows]
-    if "mismatch" in found:
-        broken = found.count("mismatch")
-        msg = f"{broken} of {len(rows)} strategies held other bytes than predicted"
-        raise PredictionBrokenError(msg)
-    if "out_of_memory" in found:
-        return PredictionBrokenError.exit_code
-    if "failed" in found:
-        return EXIT_BUG
-    return UnsupportedError.exit_code if "refused" in found else 0

@@ -1,0 +1,119 @@
+"""One row of a profile: its fields, what they say when something went wrong, and the ratios."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from kvcalc.errors import EXIT_BUG, KvcalcError, PredictionBrokenError, UnsupportedError
+from kvcalc.strategies import ChosenStrategy
+
+ROW_SCHEMA = "kvcalc.profile-row/1"
+
+
+def new_row(
+    model: str, chosen: ChosenStrategy, point: dict[str, Any], conditions: dict[str, Any]
+) -> dict[str, Any]:
+    """A row of which nothing is measured yet."""
+    return {
+        "schema": ROW_SCHEMA,
+        "model": model,
+        "strategy": chosen.name,
+        "parameters": dict(chosen.parameters),
+        "status": "ok",
+        "reason": "",
+        "predicted_bytes": None,
+        "held_bytes": None,
+        "logical_bytes": None,
+        "after_prefill_bytes": None,
+        "prefill_peak_bytes": None,
+        "decode_peak_bytes": None,
+        "peak_bytes": None,
+        "estimated_peaks": None,
+        "ttft_seconds": None,
+        "first_decode_seconds": None,
+        "tpot_seconds": None,
+        "tokens_per_second": None,
+        "decode_mode": None,
+        "energy_joules_per_token": None,
+        "throttled": [],
+        "fidelity": None,
+        "needle_recall": None,
+        "speed_of_light": None,
+        "ratio_to_dynamic": None,
+        "layers": [],
+        "notes": [],
+        "figures": {},
+        "point": point,
+        "conditions": conditions,
+    }
+
+
+def went_wrong(error: Exception, row: Mapping[str, Any]) -> tuple[str, str]:
+    """Status and reason for what a strategy raised."""
+    if isinstance(error, KvcalcError):
+        return "refused", str(error)
+    if _is_out_of_memory(error):
+        predicted = row["predicted_bytes"]
+        cache = f"the cache alone takes {predicted:,} bytes; " if predicted else ""
+        return "out_of_memory", f"{cache}use a shorter --seq, a smaller --batch, or --layers N"
+    return "failed", f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return "can't allocate memory" in text or "not enough memory" in text
+
+
+def explanations(fields: Mapping[str, Any]) -> list[str]:
+    """Why the bytes held are not those of the tensors, where they differ."""
+    notes = []
+    if fields["after_prefill_bytes"] > fields["held_bytes"]:
+        notes.append(
+            f"after the prefill {fields['after_prefill_bytes']:,} bytes were alive: window layers "
+            "are views of the whole piece until the first decode step"
+        )
+    if fields["held_bytes"] > fields["logical_bytes"]:
+        notes.append(
+            f"its tensors show {fields['logical_bytes']:,} bytes: some are views of larger storages"
+        )
+    return notes
+
+
+def ratios(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Figures over those of the baseline; times are `alike` when they differ by no more than both
+    spreads together.
+    """
+    if not baseline["held_bytes"]:
+        return None
+    found: dict[str, Any] = {
+        "held": row["held_bytes"] / baseline["held_bytes"],
+        "peak": row["peak_bytes"] / baseline["peak_bytes"],
+    }
+    for name in ("ttft", "tpot"):
+        mine, other = row[f"{name}_seconds"], baseline[f"{name}_seconds"]
+        if mine and other:
+            found[name] = mine["median"] / other["median"]
+            difference = abs(mine["median"] - other["median"])
+            found[f"{name}_alike"] = difference <= mine["spread"] + other["spread"]
+    return found
+
+
+def exit_status(rows: Sequence[Mapping[str, Any]]) -> int:
+    """0 when every row is ok, else that of the gravest: too little memory is 1, a failure 70, a
+    refusal 3.
+
+    Raises PredictionBrokenError when a row held other bytes than predicted.
+    """
+    found = [row["status"] for row in rows]
+    if "mismatch" in found:
+        broken = found.count("mismatch")
+        msg = f"{broken} of {len(rows)} strategies held other bytes than predicted"
+        raise PredictionBrokenError(msg)
+    if "out_of_memory" in found:
+        return PredictionBrokenError.exit_code
+    if "failed" in found:
+        return EXIT_BUG
+    return UnsupportedError.exit_code if "refused" in found else 0

@@ -3,10 +3,12 @@ conditions. Nothing here computes a byte.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from kvcalc.render.text import console, table
 from kvcalc.units import format_bytes
@@ -14,10 +16,21 @@ from kvcalc.units import format_bytes
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A function that shows what is going on, on standard error when that is a terminal."""
+    """A function that shows what is going on, on standard error when that is a terminal.
+
+    It draws when it is called and at no other time: an animation would disturb what is timed.
+    """
     out = Console(stderr=True)
-    with out.status("starting") if out.is_terminal else nullcontext() as status:
-        yield lambda what: status.update(what) if status else None
+    if not out.is_terminal:
+        yield _show_nothing
+        return
+    with Live(console=out, auto_refresh=False, transient=True) as live:
+        yield lambda what: live.update(Text(what), refresh=True)
+
+
+def _show_nothing(what: str) -> None:
+    """Where nobody watches."""
+    del what
 
 
 def print_profile(rows: Sequence[Mapping[str, Any]]) -> None:

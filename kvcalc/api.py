@@ -12,7 +12,7 @@ from kvcalc.origin import Origin
 from kvcalc.sizing import Segment, SizeReport, size_architecture
 from kvcalc.sources import catalogue
 from kvcalc.strategies import load_strategy, strategy_names
-from kvcalc.units import parse_tokens, shown
+from kvcalc.units import MAX_TOKENS, check_count, parse_tokens, shown
 
 TABLE_SCHEMA = "kvcalc.size-table/1"
 
@@ -49,6 +49,7 @@ def size(
     pp: int = 1,
     encoder_seq: int | str | None = None,
     mtp: int = 0,
+    decode: int = 0,
 ) -> SizeReport:
     """The exact size of a model's KV cache.
 
@@ -57,7 +58,8 @@ def size(
     `batch` sequences (`"128k"` is 131,072). `engine` says whose layout is counted (`model`: what
     the architecture must keep), `strategy` how the cache is compressed, `tp` and `pp` over how many
     ranks it is spread. `encoder_seq` is the length of an encoder's output, whose K and V cross
-    attention keeps; `mtp` counts that many multi-token-prediction layers.
+    attention keeps; `mtp` counts that many multi-token-prediction layers. `decode` tokens came
+    after the `seq` tokens of the prompt, which some strategies compress.
 
     Raises a KvcalcError: InputError and its children for what cannot be read, UnsupportedError
     where no exact size is known.
@@ -75,6 +77,7 @@ def size(
         pp=pp,
         encoder_seq=encoder_seq,
         mtp=mtp,
+        decode=decode,
     )
 
 
@@ -84,6 +87,7 @@ def size_point(
     *,
     seq: int | str,
     encoder_seq: int | str | None = None,
+    decode: int = 0,
     **point: Any,  # noqa: ANN401 - passed on by name
 ) -> SizeReport:
     """Like `size`, for a model that has been read already."""
@@ -101,7 +105,8 @@ def size_point(
     return size_architecture(
         architecture,
         origin=origin,
-        seq_tokens=parse_tokens(seq),
+        seq_tokens=parse_tokens(seq) + check_count(decode, name="decode", least=0, most=MAX_TOKENS),
+        decode_tokens=decode,
         encoder_tokens=encoder_tokens,
         **point,
     )

@@ -56,6 +56,9 @@ def size(
     seq: Annotated[
         list[str] | None, typer.Option(help="Tokens of a sequence: 128k, 1M; repeat for several.")
     ] = None,
+    decode: Annotated[
+        int, typer.Option(help="Tokens decoded after --seq, where that is a prompt.")
+    ] = 0,
     batch: Annotated[
         list[str] | None, typer.Option(help="Sequences at once; repeat for several.")
     ] = None,
@@ -96,6 +99,7 @@ def size(
         pp=pp,
         encoder_seq=encoder_seq,
         mtp=mtp,
+        decode=decode,
     )
     if len(models) == 1 and table.errors and not table.reports:
         raise table.errors[0][1]

@@ -101,6 +101,7 @@ class SizeReport(NamedTuple):
     fields: tuple[FieldUse, ...]
     notes: tuple[str, ...]
     provenance: str = "exact"
+    decode_tokens: int = 0
 
     @property
     def layers(self) -> tuple[LayerSize, ...]:
@@ -123,6 +124,7 @@ class SizeReport(NamedTuple):
             "engine": self.engine,
             "strategy": self.strategy,
             "seq_tokens": self.seq_tokens,
+            "decode_tokens": self.decode_tokens,
             "max_tokens": self.max_tokens,
             "batch": self.batch,
             "tp": self.tp,
@@ -161,14 +163,17 @@ def size_architecture(
     pp: int = 1,
     encoder_tokens: int | None = None,
     mtp: int = 0,
+    decode_tokens: int = 0,
 ) -> SizeReport:
     """Size one point; `encoder_tokens` is the length of an encoder's output, `mtp` the number of
-    multi-token-prediction layers that are counted.
+    multi-token-prediction layers that are counted. Of the `seq_tokens` the last `decode_tokens`
+    came after the prompt, which some strategies compress.
 
     Raises InputError for a value out of range and UnsupportedError where the combination has no
     exact size.
     """
     check_count(seq_tokens, name="seq", most=MAX_TOKENS)
+    check_count(decode_tokens, name="decode", least=0, most=seq_tokens - 1)
     check_count(batch, name="batch", most=MAX_BATCH)
     check_count(tp, name="tp", most=MAX_RANKS)
     check_count(pp, name="pp", most=MAX_RANKS)
@@ -178,7 +183,11 @@ def size_architecture(
     dtype_use = _dtype(architecture, runtime, chosen, kv_dtype)
     dtype = storage_format(str(dtype_use.value))
     runtime.check_dtype(dtype)
-    setting = Setting(_compute_format(architecture, dtype), encoder_tokens)
+    setting = Setting(
+        _compute_format(architecture, dtype),
+        encoder_tokens,
+        seq_tokens - decode_tokens if chosen.compresses else None,
+    )
     layers = runtime.lay_out(architecture) + _prediction_layers(architecture, engine, mtp)
     stored, segments = _stored_layers(_Same(layers), _Same(chosen), setting, tp, dtype)
     groups = tuple(each.group(seq_tokens, batch) for each in stored)
@@ -222,6 +231,7 @@ def size_architecture(
             *_replication_note(total_bytes - unsharded_bytes),
         ),
         provenance="inferred from fields" if architecture.family == INFERRED else "exact",
+        decode_tokens=decode_tokens,
     )
 
 
@@ -339,9 +349,15 @@ def _stored_layers(
     It is the same for every length, and remembered: a sweep goes over many.
     """
     chosen.it.check(layers.it)
-    # Families repeat one object: telling objects apart first spares comparing every layer.
+    # Families repeat one object, and so it is bound once: telling objects apart first spares
+    # comparing every layer.
+    bound: dict[int, Layer] = {}
+    for layer in layers.it:
+        if id(layer) not in bound:
+            bound[id(layer)] = layer.bind(setting)
+    applied = chosen.it.apply_all([bound[id(layer)] for layer in layers.it])
     objects: dict[int, tuple[Layer, list[int]]] = {}
-    for index, layer in enumerate(layers.it):
+    for index, layer in enumerate(applied):
         found = objects.get(id(layer))
         if found is None:
             objects[id(layer)] = (layer, [index])
@@ -353,7 +369,7 @@ def _stored_layers(
     stored = []
     for layer, indices in places.items():
         indices.sort()
-        held = chosen.it.apply(layer.bind(setting))
+        held = layer.bind(setting)
         stored.append(_Stored(held, held.shard(tp), tuple(indices), tp, dtype))
     return tuple(stored), _segments(stored)
 

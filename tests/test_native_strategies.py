@@ -1,7 +1,6 @@
 """Strategies with storage of their own (and static): bytes as promised, logits as with dynamic."""
 
 import copy
-import importlib
 import weakref
 from functools import cache
 
@@ -76,10 +75,8 @@ def tokens_of(batch, tokens):
 def new_cache(model_type, spec, capacity=64):
     """An empty running cache."""
     chosen = load_strategy(spec)
-    module = importlib.import_module(f"{chosen.module}.cache")
-    return module.build(
-        model_of(model_type).config, capacity_tokens=capacity, parameters=chosen.parameters
-    )
+    config = model_of(model_type).config
+    return chosen.build(config, capacity_tokens=capacity, prompt_tokens=capacity)
 
 
 def run(model_type, running, steps, batch, *, tokens=None):

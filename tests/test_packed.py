@@ -1,6 +1,5 @@
 """Quantised caches: predicted = held, nothing quantised twice, and how far values come back."""
 
-import importlib
 import math
 from typing import NamedTuple
 
@@ -39,8 +38,7 @@ def states(tokens, *, widths=(8, 16), dtype=torch.float32, seed=0):
 def cache_of(spec, config):
     """The strategy's running cache for a model of this config."""
     chosen = load_strategy(spec)
-    module = importlib.import_module(f"{chosen.module}.cache")
-    return module.build(config, capacity_tokens=0, parameters=chosen.parameters)
+    return chosen.build(config, capacity_tokens=0, prompt_tokens=0)
 
 
 def transformers_layer(window):

@@ -28,11 +28,13 @@ class Setting(NamedTuple):
     """What a layer must be told besides the length of the sequence.
 
     `compute` is the format that states are kept in which no `--kv-dtype` quantises;
-    `encoder_tokens` the length of the encoder's output, None when nobody gave it.
+    `encoder_tokens` the length of the encoder's output, None when nobody gave it; `prompt_tokens`
+    that of the prompt, None where it changes nothing.
     """
 
     compute: StorageFormat
     encoder_tokens: int | None
+    prompt_tokens: int | None = None
 
 
 class Layer(Protocol):

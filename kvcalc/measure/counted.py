@@ -53,7 +53,7 @@ def count(
             for step in feed.steps:
                 after = session.decode(step)
                 keep(after)
-        held = session.held()
+        held, observed = session.held(), session.observed()
         del session, after
     layers = compare(predicted, held)
     fields: dict[str, Any] = {
@@ -64,8 +64,10 @@ def count(
         "decode_peak_bytes": decode.num_bytes,
         "peak_bytes": max(prefill.num_bytes, decode.num_bytes),
         "layers": layers,
+        "observed": observed,
     }
-    return Counted(fields | _verdict(layers), torch.from_numpy(np.stack(logits)))
+    verdict = _verdict(layers, pooled=chosen.layers_share)
+    return Counted(fields | verdict, torch.from_numpy(np.stack(logits)))
 
 
 def compare(predicted: SizeReport, held: Sequence[LayerBytes]) -> list[dict[str, int]]:
@@ -80,8 +82,18 @@ def compare(predicted: SizeReport, held: Sequence[LayerBytes]) -> list[dict[str,
     ]
 
 
-def _verdict(layers: Sequence[dict[str, int]]) -> dict[str, str]:
-    """`mismatch` and where, if a prediction is broken."""
+def _verdict(layers: Sequence[dict[str, int]], *, pooled: bool) -> dict[str, str]:
+    """`mismatch` and where, if a prediction is broken; with `pooled` the sum is what is held
+    against it.
+    """
+    if pooled:
+        promised, found = (
+            sum(layer[key] for layer in layers) for key in ("predicted_bytes", "held_bytes")
+        )
+        if promised == found:
+            return {}
+        reason = f"all layers hold other bytes than predicted: {promised:,} and {found:,} held"
+        return {"status": "mismatch", "reason": reason}
     wrong = [layer for layer in layers if layer["predicted_bytes"] != layer["held_bytes"]]
     if not wrong:
         return {}

@@ -6,7 +6,6 @@ mask from that counter (`StaticLayer.cumulative_length`) without reading it. Win
 Python and would repeat the window of the step that was captured: they stay eager, as do states.
 """
 
-import importlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -39,9 +38,7 @@ def decode_mode(loaded: LoadedModel, chosen: ChosenStrategy) -> str:
     """
     if chosen.name != IN_PLACE:
         return _eager(f"the cache of {chosen.name} is not written in place")
-    module = importlib.import_module(f"{chosen.module}.cache")
-    config = loaded.model.config
-    cache = module.build(config, capacity_tokens=1, parameters=chosen.parameters)
+    cache = chosen.build(loaded.model.config, capacity_tokens=1, prompt_tokens=1)
     reason = why_eager(loaded.model, cache) or _off_cuda(loaded.device)
     return _eager(reason) if reason else GRAPH
 

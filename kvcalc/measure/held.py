@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -51,6 +52,8 @@ def _tensors(value: object) -> Iterator[Tensor]:
             yield from _tensors(getattr(value, name))
     elif isinstance(value, Tensor):
         yield value
+    elif isinstance(value, CacheLayerMixin):  # one layer that keeps its rows in another
+        yield from _state_tensors(value)
     elif isinstance(value, dict):
         for item in value.values():
             yield from _tensors(item)

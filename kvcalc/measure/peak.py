@@ -78,7 +78,8 @@ def estimated_peaks(
         (3 * (heads + row.kv_heads) * row.key_dim + row.kv_heads * row.value_dim for row in rows),
         default=0,
     )
-    piece = min(workload.chunk if loaded.takes_chunks else MAX_TOKENS, workload.prompt_tokens)
+    in_pieces = loaded.takes_chunks and not chosen.whole_prompt
+    piece = min(workload.chunk if in_pieces else MAX_TOKENS, workload.prompt_tokens)
     activations = workload.batch * piece * (3 * hidden + max(inner, attending)) * width
     copied = max(
         (
@@ -91,4 +92,6 @@ def estimated_peaks(
     )
     cache = predicted.total_bytes
     decode = activations if chosen.recomputes else chosen.copies * copied
-    return {"prefill_bytes": cache + activations, "decode_bytes": cache + decode}
+    # One layer has all of the prompt until it has chosen what it keeps.
+    whole = copied if chosen.whole_prompt else 0
+    return {"prefill_bytes": cache + whole + activations, "decode_bytes": cache + decode}

@@ -141,6 +141,7 @@ def _predict(
         architecture,
         origin=origin,
         seq_tokens=workload.total_tokens,
+        decode_tokens=workload.decode_tokens,
         batch=workload.batch,
         kv_dtype=dtype,
         engine="transformers",

@@ -19,7 +19,7 @@ def new_row(
         "schema": ROW_SCHEMA,
         "model": model,
         "strategy": chosen.name,
-        "parameters": dict(chosen.parameters),
+        "parameters": chosen.plain_parameters,
         "status": "ok",
         "reason": "",
         "predicted_bytes": None,
@@ -44,6 +44,7 @@ def new_row(
         "layers": [],
         "notes": [],
         "figures": {},
+        "observed": {},
         "point": point,
         "conditions": conditions,
     }

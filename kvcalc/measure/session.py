@@ -5,7 +5,6 @@ its logits can be held against those of the full cache.
 """
 
 import gc
-import importlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -19,14 +18,9 @@ from kvcalc.measure.held import LayerBytes, held_by_layer
 from kvcalc.measure.models import LoadedModel
 from kvcalc.measure.workload import Workload
 from kvcalc.strategies import ChosenStrategy
-from kvcalc.strategies._packed_attention import use_fused
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
-
-
-PACKED = frozenset({"int8", "int4", "int2"})
-"""Strategies whose storage the kernel of `_packed_attention` reads."""
 
 
 class Session:
@@ -38,13 +32,14 @@ class Session:
         self._in_place = chosen.name == IN_PLACE
         self._graph: GraphedDecode | None = None
         self._recomputes = chosen.recomputes
-        self._chunk = workload.chunk if loaded.takes_chunks else workload.prompt_tokens
+        in_pieces = loaded.takes_chunks and not chosen.whole_prompt
+        self._chunk = workload.chunk if in_pieces else workload.prompt_tokens
         self._seen: list[Tensor] = []
-        module = importlib.import_module(f"{chosen.module}.cache")
-        self.cache: Cache = module.build(
+        self._running = chosen.running
+        self.cache: Cache = chosen.build(
             loaded.model.config,
             capacity_tokens=workload.total_tokens,
-            parameters=chosen.parameters,
+            prompt_tokens=workload.prompt_tokens,
         )
 
     @property
@@ -63,6 +58,9 @@ class Session:
 
     def prefill(self, prompt: Tensor) -> Tensor:
         """Feed the prompt, chunk by chunk; returns the logits [batch, vocabulary] after it."""
+        if hasattr(self._running, "prefill"):
+            logits: Tensor = self._running.prefill(self._model, self.cache, prompt)
+            return logits
         pieces = [prompt] if self._recomputes else prompt.split(self._chunk, dim=1)
         for piece in pieces[:-1]:
             self._forward(piece)
@@ -75,6 +73,11 @@ class Session:
     def held(self) -> list[LayerBytes]:
         """What each layer of the cache holds now."""
         return held_by_layer(self.cache)
+
+    def observed(self) -> dict[str, float]:
+        """What the cache tells about this run, by name."""
+        observed = getattr(self._running, "observed", None)
+        return observed(self.cache) if observed else {}
 
     def _forward(self, tokens: Tensor) -> Tensor:
         if self._recomputes:
@@ -104,15 +107,16 @@ def few_objects() -> Iterator[None]:
 
 @contextmanager
 def undisturbed(loaded: LoadedModel, chosen: ChosenStrategy) -> Iterator[Counter[str]]:
-    """No autograd, and no garbage collection in the middle of a phase; on a GPU packed caches are
-    attended to by their own kernel, and only they: its dispatch costs others a little.
+    """No autograd, no garbage collection in the middle of a phase, and the attention that the
+    strategy's cache needs, if any.
 
     Yields how many calls of that attention were `fused`; it stays empty where there is none.
     """
     gc.collect()
     gc.disable()
     try:
-        own = use_fused(loaded.model) if chosen.name in PACKED else nullcontext(Counter[str]())
+        attending = getattr(chosen.running, "attending", None)
+        own = attending(loaded.model) if attending else nullcontext(Counter[str]())
         with torch.inference_mode(), own as calls:
             yield calls
     finally:

@@ -170,10 +170,16 @@ def quantised_cache(
     return cache
 
 
+def packed_settings(
+    config: "PreTrainedConfig", *, bits: int, parameters: Mapping[str, int]
+) -> dict[str, object]:
+    """The attributes of a PackedStorage; `parameters` are group and residual."""
+    return {"bits": bits, "decoder_config": config.get_text_config(decoder=True), **parameters}
+
+
 def packed_cache(
     config: "PreTrainedConfig", *, bits: int, parameters: Mapping[str, int]
 ) -> "Cache":
     """An empty cache with `bits` bits a value; `parameters` are group and residual."""
-    decoder = config.get_text_config(decoder=True)
-    settings = {"bits": bits, "decoder_config": decoder, **parameters}
+    settings = packed_settings(config, bits=bits, parameters=parameters)
     return quantised_cache(config, PackedStorage, **settings)

@@ -15,11 +15,13 @@ from kvcalc.layers import Layer
 from kvcalc.strategies._packed import WORKS_ON, check_compute_dtype, quantisable
 from kvcalc.strategies._rows import StoredRows, refuse_own_classes
 
-__all__ = ["PARAMETERS", "SOURCE", "SUMMARY", "WORKS_ON", "apply", "check"]
+__all__ = ["ABOUT", "PARAMETERS", "SOURCE", "SUMMARY", "WORKS_ON", "apply", "check"]
 
 SUMMARY = "e4m3 keys and values with a float32 scale for each token and KV head"
 SOURCE = "vLLM's fp8_per_token_head (triton_attn.py); OCP 8-bit floating point, e4m3"
 PARAMETERS: Mapping[str, int] = {}
+
+STORES = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

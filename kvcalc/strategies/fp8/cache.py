@@ -73,6 +73,14 @@ def _quantised(states: Tensor) -> tuple[Tensor, Tensor]:
     return (exact / scales).clamp_(-_LARGEST, _LARGEST).to(_FORMAT), scales
 
 
+def storage(
+    config: "PreTrainedConfig", parameters: Mapping[str, int]
+) -> tuple[type[Storage], dict[str, object]]:
+    """What keeps the rows of a layer; it has no attributes."""
+    del config, parameters
+    return Fp8Storage, {}
+
+
 def build(
     config: "PreTrainedConfig", *, capacity_tokens: int, parameters: Mapping[str, int]
 ) -> "Cache":

@@ -7,9 +7,11 @@ from kvcalc.strategies import _packed
 from kvcalc.strategies._packed import PARAMETERS, SOURCE, WORKS_ON
 from kvcalc.strategies._rows import refuse_own_classes
 
-__all__ = ["PARAMETERS", "SOURCE", "SUMMARY", "WORKS_ON", "apply", "check"]
+__all__ = ["ABOUT", "PARAMETERS", "SOURCE", "SUMMARY", "WORKS_ON", "apply", "check"]
 
 SUMMARY = "packed 4-bit keys (per channel) and values (per token) with a full-precision tail"
+
+STORES = True
 
 BITS = 4
 

@@ -3,12 +3,25 @@
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from kvcalc.strategies._packed_cache import packed_cache
+from kvcalc.strategies._packed_attention import use_fused
+from kvcalc.strategies._packed_cache import PackedStorage, packed_cache, packed_settings
+from kvcalc.strategies._running import Storage
 from kvcalc.strategies.int4 import BITS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from transformers.cache_utils import Cache
+
+__all__ = ["attending", "build", "storage"]
+
+attending = use_fused
+
+
+def storage(
+    config: "PreTrainedConfig", parameters: Mapping[str, int]
+) -> tuple[type[Storage], dict[str, object]]:
+    """What keeps the rows of a layer, and its attributes."""
+    return PackedStorage, packed_settings(config, bits=BITS, parameters=parameters)
 
 
 def build(

@@ -1,0 +1,75 @@
+"""Scores by which rows are kept, [batch, KV heads, rows], in float32: of queries, what the query
+heads of a KV head say is averaged.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvcalc.strategies._evicting_cache import Attended
+
+BLOCK_TOKENS = 256
+"""Queries whose attention is computed at a time where all are needed."""
+
+
+def query_attention(seen: Attended, queries: slice) -> Tensor:
+    """Attention of some of the new tokens to all rows, [batch, KV heads, queries, rows].
+
+    The softmax is over what each query sees, in float32.
+    """
+    batch, heads, new, width = seen.query.shape
+    rows = seen.key.shape[2]
+    first, last, _ = queries.indices(new)
+    asked = seen.query[:, :, first:last].reshape(batch, seen.key.shape[1], -1, width)
+    logits = (asked @ seen.key.transpose(2, 3)).view(batch, heads, last - first, rows)
+    logits = logits.float() * seen.scaling
+    if seen.mask is None:
+        see = torch.ones(last - first, rows, dtype=torch.bool, device=logits.device)
+        logits = logits.masked_fill(~see.tril(rows - new + first), -torch.inf)
+    else:
+        mask = seen.mask[:, :, first:last]
+        if mask.shape[1] > 1:
+            mask = mask.repeat_interleave(heads // mask.shape[1], dim=1)
+        logits = logits.masked_fill(~mask, -torch.inf)
+    return logits.softmax(-1).unflatten(1, (seen.kv_heads, -1)).mean(2)
+
+
+def window_attention(seen: Attended, window: int) -> Tensor:
+    """Attention of the last `window` queries, [batch, KV heads, window, rows]."""
+    return query_attention(seen, slice(max(seen.query.shape[2] - window, 0), None))
+
+
+def column_sums(seen: Attended) -> Tensor:
+    """What each row got of all new queries together, [batch, KV heads, rows]; a block of queries
+    at a time.
+    """
+    blocks = _blocks(seen.query.shape[2])
+    total = query_attention(seen, next(blocks)).sum(2)
+    for block in blocks:
+        total += query_attention(seen, block).sum(2)
+    return total
+
+
+def _blocks(new: int) -> Iterator[slice]:
+    for start in range(0, new, BLOCK_TOKENS):
+        yield slice(start, min(start + BLOCK_TOKENS, new))
+
+
+def pooled(scores: Tensor, kernel: int, pooling: str) -> Tensor:
+    """Each score with its neighbours: the largest (`max`) or the mean (`avg`) of `kernel`, an odd
+    number.
+    """
+    pool = functional.max_pool1d if pooling == "max" else functional.avg_pool1d
+    return pool(scores, kernel, stride=1, padding=kernel // 2)
+
+
+def best_and_last(scores: Tensor, budget: int, window: int) -> Tensor:
+    """The tokens with the best scores [batch, KV heads, tokens before the window] and the `window`
+    tokens after them, `budget` in all: [batch, KV heads, budget], in order.
+    """
+    batch, heads, before = scores.shape
+    best = scores.topk(budget - window, dim=-1).indices.sort(-1).values
+    last = torch.arange(before, before + window, device=scores.device)
+    return torch.cat([best, last.expand(batch, heads, window)], dim=2)

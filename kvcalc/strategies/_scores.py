@@ -15,7 +15,12 @@ BLOCK_TOKENS = 256
 
 
 def query_attention(seen: Attended, queries: slice) -> Tensor:
-    """Attention of some of the new tokens to all rows, [batch, KV heads, queries, rows].
+    """Attention of some of the new tokens to all rows, [batch, KV heads, queries, rows]."""
+    return head_attention(seen, queries).unflatten(1, (seen.kv_heads, -1)).mean(2)
+
+
+def head_attention(seen: Attended, queries: slice) -> Tensor:
+    """The same of each query head for itself, [batch, query heads, queries, rows].
 
     The softmax is over what each query sees, in float32.
     """
@@ -33,7 +38,7 @@ def query_attention(seen: Attended, queries: slice) -> Tensor:
         if mask.shape[1] > 1:
             mask = mask.repeat_interleave(heads // mask.shape[1], dim=1)
         logits = logits.masked_fill(~mask, -torch.inf)
-    return logits.softmax(-1).unflatten(1, (seen.kv_heads, -1)).mean(2)
+    return logits.softmax(-1)
 
 
 def window_attention(seen: Attended, window: int) -> Tensor:
@@ -41,20 +46,21 @@ def window_attention(seen: Attended, window: int) -> Tensor:
     return query_attention(seen, slice(max(seen.query.shape[2] - window, 0), None))
 
 
-def column_sums(seen: Attended) -> Tensor:
-    """What each row got of all new queries together, [batch, KV heads, rows]; a block of queries
-    at a time.
+def column_sums(seen: Attended, queries: int | None = None) -> Tensor:
+    """What each row got of all new queries together, or of the last `queries`, [batch, KV heads,
+    rows]; a block of queries at a time.
     """
-    blocks = _blocks(seen.query.shape[2])
+    new = seen.query.shape[2]
+    blocks = _blocks(0 if queries is None else max(new - queries, 0), new)
     total = query_attention(seen, next(blocks)).sum(2)
     for block in blocks:
         total += query_attention(seen, block).sum(2)
     return total
 
 
-def _blocks(new: int) -> Iterator[slice]:
-    for start in range(0, new, BLOCK_TOKENS):
-        yield slice(start, min(start + BLOCK_TOKENS, new))
+def _blocks(first: int, last: int) -> Iterator[slice]:
+    for start in range(first, last, BLOCK_TOKENS):
+        yield slice(start, min(start + BLOCK_TOKENS, last))
 
 
 def pooled(scores: Tensor, kernel: int, pooling: str) -> Tensor:
@@ -65,11 +71,22 @@ def pooled(scores: Tensor, kernel: int, pooling: str) -> Tensor:
     return pool(scores, kernel, stride=1, padding=kernel // 2)
 
 
+def best(scores: Tensor, count: int) -> Tensor:
+    """Where the `count` best scores stand in [batch, heads, rows], in order."""
+    return scores.topk(count, dim=-1).indices.sort(-1).values
+
+
 def best_and_last(scores: Tensor, budget: int, window: int) -> Tensor:
     """The tokens with the best scores [batch, KV heads, tokens before the window] and the `window`
     tokens after them, `budget` in all: [batch, KV heads, budget], in order.
     """
-    batch, heads, before = scores.shape
-    best = scores.topk(budget - window, dim=-1).indices.sort(-1).values
-    last = torch.arange(before, before + window, device=scores.device)
-    return torch.cat([best, last.expand(batch, heads, window)], dim=2)
+    before = scores.shape[-1]
+    return with_ends(best(scores, budget - window), first=0, last=window, rows=before + window)
+
+
+def with_ends(middle: Tensor, *, first: int, last: int, rows: int) -> Tensor:
+    """Rows [batch, heads, number of them] with the `first` rows before and the `last` of `rows`
+    after them.
+    """
+    ends = torch.arange(rows, device=middle.device).expand(*middle.shape[:2], rows)
+    return torch.cat([ends[..., :first], middle, ends[..., rows - last :]], dim=2)

@@ -65,7 +65,12 @@ def size(
     kv_dtype: Annotated[
         list[str] | None, typer.Option(help="auto, bf16, fp8, q8_0, …; repeat for several.")
     ] = None,
-    engine: Annotated[str, typer.Option(help="Whose layout: model, transformers.")] = "model",
+    engine: Annotated[
+        list[str] | None, typer.Option(help="Whose layout: model, vllm, llama.cpp, …; all.")
+    ] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="The engine's own: n_ubatch=2048,swa_full=true.")
+    ] = None,
     strategy: Annotated[str, typer.Option(help="Cache strategy, see kvcalc strategies.")] = (
         "dynamic"
     ),
@@ -93,7 +98,8 @@ def size(
         batches=[_count(item, "--batch") for item in _items(batch, "--batch")] or [1],
         kv_dtypes=_items(kv_dtype, "--kv-dtype") or ["auto"],
         revision=revision,
-        engine=engine,
+        engines=api.engines(_items(engine, "--engine")),
+        options=api.engine_options(_items(option, "--option")),
         strategy=strategy,
         tp=tp,
         pp=pp,

@@ -11,7 +11,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 from kvcalc.config import FieldUse
 from kvcalc.dtypes import COMPUTE_DTYPES, PAYLOAD_ONLY, StorageFormat, storage_format
-from kvcalc.engines import Engine, load_engine
+from kvcalc.engines import Engine, Plan, load_engine, read_options
 from kvcalc.errors import ConfigError, UnsupportedError
 from kvcalc.families import Architecture
 from kvcalc.layers import Layer, Setting
@@ -164,10 +164,11 @@ def size_architecture(
     encoder_tokens: int | None = None,
     mtp: int = 0,
     decode_tokens: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> SizeReport:
     """Size one point; `encoder_tokens` is the length of an encoder's output, `mtp` the number of
     multi-token-prediction layers that are counted. Of the `seq_tokens` the last `decode_tokens`
-    came after the prompt, which some strategies compress.
+    came after the prompt, which some strategies compress. `options` are the engine's own.
 
     Raises InputError for a value out of range and UnsupportedError where the combination has no
     exact size.
@@ -188,7 +189,9 @@ def size_architecture(
         encoder_tokens,
         seq_tokens - decode_tokens if chosen.compresses else None,
     )
-    layers = runtime.lay_out(architecture) + _prediction_layers(architecture, engine, mtp)
+    settings = read_options(engine, runtime.OPTIONS, options or {})
+    plan = Plan(seq_tokens, batch, dtype, tp, pp, settings)
+    layers = runtime.lay_out(architecture, plan) + _prediction_layers(architecture, engine, mtp)
     stored, segments = _stored_layers(_Same(layers), _Same(chosen), setting, tp, dtype)
     groups = tuple(each.group(seq_tokens, batch) for each in stored)
     total_bytes = sum(group.total_bytes for group in groups)

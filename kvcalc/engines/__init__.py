@@ -8,17 +8,35 @@ import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
 from functools import cache
-from typing import Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from kvcalc.config import FieldUse
 from kvcalc.dtypes import StorageFormat
+from kvcalc.engines._options import Option, read_options
 from kvcalc.errors import ConfigError, InputError
 from kvcalc.families import Architecture
 from kvcalc.layers import Layer
 
+__all__ = ["Engine", "Option", "Plan", "engine_names", "load_engine", "read_options"]
+
+
+class Plan(NamedTuple):
+    """What an engine is to make room for: `batch` sequences of `tokens` tokens each, on each of
+    `tp` × `pp` ranks its part; `options` are the engine's own, all of them.
+    """
+
+    tokens: int
+    batch: int
+    dtype: StorageFormat
+    tp: int
+    pp: int
+    options: Mapping[str, Any]
+
 
 class Engine(Protocol):
     """What a module of this package offers."""
+
+    OPTIONS: Mapping[str, Option]
 
     @staticmethod
     def source() -> str:
@@ -37,8 +55,11 @@ class Engine(Protocol):
         """Raise UnsupportedError for a format that this engine cannot store."""
 
     @staticmethod
-    def lay_out(architecture: Architecture) -> tuple[Layer, ...]:
-        """The layers as this engine stores them."""
+    def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer, ...]:
+        """The layers as this engine stores them, further ones (padding) after the decoder's.
+
+        An engine that allocates the same whatever is asked of it needs no plan.
+        """
 
     @staticmethod
     def transients(
@@ -47,10 +68,16 @@ class Engine(Protocol):
         """Byte counts of states that pass, by name; empty when there are none."""
 
 
+_NAMES = {"llama_cpp": "llama.cpp"}
+
+
 @cache
 def engine_names() -> tuple[str, ...]:
     """The engines there are, by the names users type."""
-    return tuple(module.name for module in pkgutil.iter_modules(__path__))
+    modules = (module.name for module in pkgutil.iter_modules(__path__))
+    return tuple(
+        _NAMES.get(name, name.replace("_", "-")) for name in modules if not name.startswith("_")
+    )
 
 
 @cache
@@ -59,4 +86,6 @@ def load_engine(name: str) -> Engine:
     if name not in engine_names():
         msg = f"unknown engine {name[:40]!r}; choose {', '.join(engine_names())}"
         raise InputError(msg)
-    return cast("Engine", importlib.import_module(f"{__name__}.{name}"))
+    modules = {shown: module for module, shown in _NAMES.items()}
+    module = modules.get(name, name.replace("-", "_"))
+    return cast("Engine", importlib.import_module(f"{__name__}.{module}"))

@@ -8,9 +8,12 @@ from collections.abc import Mapping, Sequence
 
 from kvcalc.config import FieldUse
 from kvcalc.dtypes import StorageFormat
+from kvcalc.engines import Option, Plan
 from kvcalc.errors import ConfigError
 from kvcalc.families import Architecture
 from kvcalc.layers import Layer
+
+OPTIONS: Mapping[str, Option] = {}
 
 
 def source() -> str:
@@ -31,8 +34,9 @@ def check_dtype(dtype: StorageFormat) -> None:
     """Any format is a size."""
 
 
-def lay_out(architecture: Architecture) -> tuple[Layer, ...]:
+def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer, ...]:
     """As they are."""
+    del plan
     return architecture.layers
 
 

@@ -20,12 +20,15 @@ from importlib import metadata
 
 from kvcalc.config import FieldUse, class_defaults
 from kvcalc.dtypes import COMPUTE_DTYPES, StorageFormat
+from kvcalc.engines import Option, Plan
 from kvcalc.errors import ConfigError, UnsupportedError
 from kvcalc.families import Architecture
 from kvcalc.layers import FullAttention, LatentAttention, Layer, SlidingAttention
 
 CHECKED_VERSION = "5.23.0"
 LATENT_SINCE = (5, 15)
+
+OPTIONS: Mapping[str, Option] = {}
 
 
 @cache
@@ -81,8 +84,9 @@ def check_dtype(dtype: StorageFormat) -> None:
         raise UnsupportedError(msg)
 
 
-def lay_out(architecture: Architecture) -> tuple[Layer, ...]:
+def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer, ...]:
     """What transformers' models keep; versions before 5.15.0 expand latents."""
+    del plan
     layers = _layers(architecture)
     if _release(version()) >= LATENT_SINCE:
         return layers

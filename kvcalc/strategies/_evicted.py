@@ -161,3 +161,30 @@ def check_window(name: str, *, budget_tokens: int, window: int) -> None:
             f"{window:,} and a token more; give a larger budget or a smaller window"
         )
         raise InputError(msg)
+
+
+def check_alike(name: str, layers: Sequence[Layer]) -> None:
+    """Raise UnsupportedError where layers that share a budget keep rows of different shapes: a
+    token would then weigh more in one layer than in another, and the prompt decide over the bytes.
+    """
+    shapes = {part.rows() for layer in layers for part in layer.parts() if sees_all(part)}
+    if len(shapes) > 1:
+        heads, widths = (sorted(set(values)) for values in list(zip(*shapes, strict=True))[:2])
+        msg = (
+            f"{name} spreads one budget over the layers, which must keep rows of one shape; here "
+            f"KV heads are {heads} and key widths {widths}"
+        )
+        raise UnsupportedError(msg)
+
+
+def check_observing(name: str, parameters: Mapping[str, Any], **least: int) -> None:
+    """Raise InputError where the window of queries is empty, the kernel that pools their attention
+    has no middle, or another parameter is below what it must `least` be.
+    """
+    for key, value in {"window": 1, **least}.items():
+        if parameters[key] < value:
+            msg = f"{name}: {key} must be at least {value}, not {parameters[key]}"
+            raise InputError(msg)
+    if parameters["kernel"] % 2 == 0:
+        msg = f"{name}: kernel must be odd, not {parameters['kernel']}"
+        raise InputError(msg)

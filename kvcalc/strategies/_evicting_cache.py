@@ -168,13 +168,21 @@ class PromptEviction(EvictingStorage):
         if self._prompt is None:
             return
         keys, values = self._prompt
-        self._prompt = None
         if keys.shape[2] > self.budget:
             check_window(type(self).__name__, budget_tokens=self.budget, window=self.window_tokens)
             chosen = self.choose(seen)
             self.record(chosen, keys.shape[2])
             keys, values = taken(keys, chosen), taken(values, chosen)
+        self._prompt = None
         self.rows.update(keys, values)
+
+    @property
+    def prompt_keys(self) -> Tensor:
+        """While it chooses: the keys as they would be stored, [batch, KV heads, tokens, width]."""
+        if self._prompt is None:
+            msg = "a prompt is there only until its rows are chosen"
+            raise RuntimeError(msg)
+        return self._prompt[0]
 
     def choose(self, seen: Attended) -> Tensor:
         """Which tokens of a prompt beyond the budget stay, [batch, KV heads, budget], in order."""

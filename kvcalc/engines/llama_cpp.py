@@ -10,8 +10,8 @@ llama-cpp-python 0.3.36 ships (August 2026), and run: the tests build it and com
   gives windows, have pad(min(cells, window × (unified ? n_seq_max : 1) + n_ubatch), 256) cells, or
   all with `swa_full`. In other architectures (Mistral, Phi-3) windows are ignored.
 - Without flash attention V is transposed, and as wide in every layer as in the widest.
-- Latents are K alone; a file converted before April 2025 keeps K and V of every head (`mla` false:
-  the file decides, and its converter). The lightning indexer's key is a row of K.
+- Latents are K alone; a file converted before April 2025 keeps K and V of every head (`mla`
+  false). The lightning indexer's key is a row of K.
 - Recurrent layers keep f32 states for each of `n_seq_max` × (1 + `n_rs_seq`) sequences.
 
 Options are those of the library (`llama_context_params`); `llama-server` has `swa_full` off, the
@@ -21,7 +21,7 @@ library on: here it is off unless asked for.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 from kvcalc.config import FieldUse
 from kvcalc.dtypes import FORMATS, StorageFormat
@@ -154,8 +154,9 @@ class CellsLayer(PlainLayer):
     @property
     def kind(self) -> str:
         """`full_attention_cells`."""
-        name = self.layer.kind if self.window is not None else "full_attention"
-        return f"{name if isinstance(self.layer, HeadsLayer) else self.layer.kind}_cells"
+        if isinstance(self.layer, HeadsLayer) and self.window is None:
+            return "full_attention_cells"
+        return f"{cast('Layer', self.layer).kind}_cells"
 
     def _cells(self, tokens: int, batch: int) -> tuple[int, int]:
         streams, cells = self.context.streams(tokens, batch)
@@ -225,13 +226,8 @@ def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer
     for a quantised V without flash attention.
     """
     options = plan.options if plan else {name: option.default for name, option in OPTIONS.items()}
-    type_k, type_v = (
-        FORMATS[options[name]] if options[name] else None for name in ("type_k", "type_v")
-    )
-    for chosen in (type_k, type_v):
-        if chosen:
-            check_dtype(chosen)
-    stored_v = type_v or (plan.dtype if plan else None)
+    types = {name: _type(options[name]) for name in ("type_k", "type_v")}
+    stored_v = types["type_v"] or (plan.dtype if plan else None)
     if not options["flash_attn"] and stored_v and stored_v.block_elements > 1:
         msg = f"llama.cpp keeps V in {stored_v.name} with flash attention only"
         raise UnsupportedError(msg)
@@ -243,13 +239,13 @@ def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer
     )
     if plan:
         context.check(plan.tokens, plan.batch)
-    parts = [part for layer in architecture.layers for part in layer.parts()]
-    widest_v = max((_widths(part)[1] for part in parts), default=0)
+    layers = architecture.layers
+    if not options["mla"]:
+        layers = tuple(layer.each(_expanded) for layer in layers)
+    widest_v = max((_widths(part)[1] for layer in layers for part in layer.parts()), default=0)
     windowed = architecture.model_type in WINDOWED and not options["swa_full"]
 
     def change(part: Layer) -> Layer:
-        if isinstance(part, LatentAttention) and not options["mla"]:
-            part = part.expanded()
         if isinstance(part, NoCache):
             return part
         if isinstance(part, StateLayer):
@@ -260,23 +256,32 @@ def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer
             msg = f"llama.cpp is not covered for layers of kind {part.kind}; use --engine model"
             raise UnsupportedError(msg)
         key_width, value_width = _widths(part)
-        if value_width and not options["flash_attn"]:
-            value_width = widest_v
         return CellsLayer(
             layer=part,
             context=context,
             window=part.window if windowed and isinstance(part, Windowed) else None,
             key_width=key_width,
-            value_width=value_width,
-            type_k=type_k,
-            type_v=type_v,
+            value_width=value_width if options["flash_attn"] or not value_width else widest_v,
+            **types,
         )
 
-    return tuple(layer.each(change) for layer in architecture.layers)
+    return tuple(layer.each(change) for layer in layers)
+
+
+def _type(name: str | None) -> StorageFormat | None:
+    """A format that a cache can have; None where the KV dtype says it."""
+    if name is None:
+        return None
+    check_dtype(FORMATS[name])
+    return FORMATS[name]
+
+
+def _expanded(part: Layer) -> Layer:
+    return part.expanded() if isinstance(part, LatentAttention) else part
 
 
 def _widths(part: Layer) -> tuple[int, int]:
-    """Values of a row of K and of V: a latent with its rotary key is K alone, as an index key is."""
+    """Values of a row of K and of V: a latent with its rotary key is K alone, so is an index key."""
     if isinstance(part, IndexKeys):
         return part.dim, 0
     if isinstance(part, LatentAttention):

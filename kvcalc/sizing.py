@@ -181,6 +181,9 @@ def size_architecture(
     runtime = load_engine(engine)
     chosen = load_strategy(strategy)
     runtime.refuse(architecture, tp=tp, pp=pp)
+    if chosen.layers_share and pp > 1:
+        msg = f"{chosen.name} lets the prompt spread the budget over the layers: leave --pp out"
+        raise UnsupportedError(msg)
     dtype_use = _dtype(architecture, runtime, chosen, kv_dtype)
     dtype = storage_format(str(dtype_use.value))
     runtime.check_dtype(dtype)

@@ -102,6 +102,18 @@ class EvictedLayer(PlainLayer):
         return prompt, tokens - prompt
 
 
+class SharingLayer(EvictedLayer):
+    """One of the layers that share a budget as the prompt says: what it says of itself is what they
+    keep on average, and their sum is exact.
+    """
+
+    __slots__ = ()
+
+    def keeps(self) -> str:
+        """With that said."""
+        return f"{EvictedLayer.keeps(self)} on average"
+
+
 def evicted(
     name: str,
     layer: Layer,

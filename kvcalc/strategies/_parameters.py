@@ -35,6 +35,13 @@ def percent(share: float) -> Budget:
     return Budget(None, round(share * 10**7))
 
 
+class Pooling(StrEnum):
+    """How a score takes in its neighbours'."""
+
+    MAX = "max"
+    AVG = "avg"
+
+
 Value = int | float | str | Budget
 """A StrEnum's member stands for a choice among its words."""
 

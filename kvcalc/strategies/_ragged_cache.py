@@ -5,6 +5,7 @@ Attention sees them padded to the longest head, one layer at a time, behind a ma
 """
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,8 +14,14 @@ from torch.nn.utils.rnn import pad_sequence
 from kvcalc.strategies._evicted import check_window
 from kvcalc.strategies._evicting_cache import Attended, EvictingStorage, Rows
 
+if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
 Indices = Sequence[Sequence[Tensor]]
 """For each sequence and KV head the rows that stay, any number of them in any order."""
+
+Counts = Sequence[Sequence[int]]
+"""For each sequence and KV head how many of the rows before the window stay."""
 
 
 class RaggedEviction(EvictingStorage):
@@ -100,6 +107,36 @@ class RaggedEviction(EvictingStorage):
             self.origins = [rows for sequence in chosen for rows in sequence]
             self.tell(self._prompt[0].shape[2])
 
+    def keep_best(self, scores: Tensor, counts: Counts) -> None:
+        """Take the window over, and of the rows before it the best `counts` of each head.
+
+        `scores` are [batch, KV heads, tokens before the window]. The window stands first, then the
+        best, so that `trim` leaves the best; of equal scores the earlier is better.
+        """
+        window = torch.arange(self.window_tokens, device=scores.device) + scores.shape[2]
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        self.keep(
+            [
+                [torch.cat([window, best[:count]]) for best, count in zip(*heads, strict=True)]
+                for heads in zip(order, counts, strict=True)
+            ]
+        )
+
+    def trim_best(self, counts: Counts) -> None:
+        """After `keep_best`: keep fewer."""
+        self.trim([self.window_tokens + count for heads in counts for count in heads])
+
+    @property
+    def head_lengths(self) -> list[list[int]]:
+        """`lengths` [batch][KV heads]."""
+        starts = range(0, len(self.lengths), self.kv_heads)
+        return [self.lengths[start : start + self.kv_heads] for start in starts]
+
+    @property
+    def counts(self) -> list[list[int]]:
+        """How many rows before the window are there [batch][KV heads]; after `keep_best`."""
+        return [[length - self.window_tokens for length in heads] for heads in self.head_lengths]
+
     origins: "list[Tensor] | None" = None
     """Where the rows of each head stood in the prompt, for `kept`."""
 
@@ -114,6 +151,8 @@ class RaggedEviction(EvictingStorage):
 
     def trim(self, lengths: Sequence[int]) -> None:
         """Keep the first `lengths` rows of each head, no more than there are."""
+        if list(lengths) == self.lengths:
+            return
         heads = zip(self.keys.split(self.lengths), self.values.split(self.lengths), strict=True)
         pairs = [
             (keys[:length], values[:length])
@@ -135,31 +174,27 @@ class RaggedEviction(EvictingStorage):
         vars(self).pop("tail", None)
 
 
-def apportion(shares: Sequence[float], total: int, caps: Sequence[int]) -> list[int]:
-    """`total` in whole parts proportional to `shares`, none above its cap: largest remainders.
-
-    The sum is exactly `total`, or that of the caps where it is smaller. Equal shares are served in
-    their order; where all shares are spent, what is left goes to the first with room.
+def best_counts(scores: Tensor, best: int) -> list[list[int]]:
+    """How many of the `best` largest scores of a sequence each owner has: [batch][owners] of scores
+    [batch, owners, any].
     """
-    parts = [0] * len(shares)
-    left = min(total, sum(caps))
-    while left:
-        open_places = [place for place, cap in enumerate(caps) if parts[place] < cap]
-        weight = sum(shares[place] for place in open_places)
-        wanted = {
-            place: left * shares[place] / weight if weight else left / len(open_places)
-            for place in open_places
-        }
-        whole = {
-            place: min(int(want), caps[place] - parts[place]) for place, want in wanted.items()
-        }
-        if any(whole.values()):
-            for place, part in whole.items():
-                parts[place] += part
-            left -= sum(whole.values())
-            continue
-        largest = sorted(open_places, key=lambda place: wanted[place], reverse=True)
-        for place in largest[:left]:
-            parts[place] += 1
-        left -= min(left, len(largest))
-    return parts
+    owners = scores.flatten(1).topk(best).indices // scores.shape[2]
+    return [sequence.bincount(minlength=scores.shape[1]).tolist() for sequence in owners]
+
+
+def observed(cache: "Cache") -> dict[str, float]:
+    """How unevenly a prompt was kept: tokens of the heads, and of the layers for a head of theirs,
+    that kept fewest and most.
+    """
+    heads: list[int] = []
+    layers: list[float] = []
+    for layer in cache.layers:
+        if isinstance(layer, RaggedEviction) and layer.is_initialized:
+            heads += layer.lengths
+            layers += [sum(sequence) / len(sequence) for sequence in layer.head_lengths]
+    return {
+        "fewest_tokens_of_a_head": min(heads, default=0),
+        "most_tokens_of_a_head": max(heads, default=0),
+        "fewest_tokens_of_a_layer": min(layers, default=0),
+        "most_tokens_of_a_layer": max(layers, default=0),
+    }

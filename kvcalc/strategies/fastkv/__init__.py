@@ -14,8 +14,7 @@ from kvcalc.errors import InputError, UnsupportedError
 from kvcalc.layers import Layer
 from kvcalc.strategies._about import About, Headline
 from kvcalc.strategies._evicted import EvictedLayer, check_evictable, evicted, sees_all
-from kvcalc.strategies._parameters import Budget, Value, percent
-from kvcalc.strategies.snapkv import Pooling
+from kvcalc.strategies._parameters import Budget, Pooling, Value, percent
 
 SUMMARY = "SnapKV, and later layers compute only the tokens that a middle layer chose"
 SOURCE = "FastKV, arXiv:2502.01068; dongwonjo/FastKV (MIT)"

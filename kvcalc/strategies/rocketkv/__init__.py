@@ -23,8 +23,7 @@ from kvcalc.errors import UnsupportedError
 from kvcalc.layers import LatentAttention, Layer
 from kvcalc.strategies._about import About, Headline
 from kvcalc.strategies._evicted import EvictedLayer, check_evictable, check_window, evicted
-from kvcalc.strategies._parameters import Budget, Value
-from kvcalc.strategies.snapkv import Pooling
+from kvcalc.strategies._parameters import Budget, Pooling, Value
 from kvcalc.units import ceil_div
 
 SUMMARY = "a SnapKV cache with an index, by which each step reads part of it"

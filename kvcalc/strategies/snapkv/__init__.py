@@ -1,21 +1,19 @@
 """SnapKV (arXiv:2404.14469): what the last tokens of a prompt attend to is what is kept of it."""
 
 from collections.abc import Mapping, Sequence
-from enum import StrEnum
 
 from kvcalc.layers import Layer
 from kvcalc.strategies._about import About, Headline
-from kvcalc.strategies._evicted import BUDGET, WORKS_ON, check_evictable, evicted
-from kvcalc.strategies._parameters import Value
+from kvcalc.strategies._evicted import (
+    BUDGET,
+    WORKS_ON,
+    check_evictable,
+    check_observing,
+    evicted,
+)
+from kvcalc.strategies._parameters import Pooling, Value
 
 __all__ = ["ABOUT", "PARAMETERS", "SOURCE", "SUMMARY", "WORKS_ON", "apply", "check"]
-
-
-class Pooling(StrEnum):
-    """How a score takes in its neighbours'."""
-
-    MAX = "max"
-    AVG = "avg"
 
 
 SUMMARY = "of a prompt, what its last tokens attend to, for each KV head"
@@ -53,6 +51,8 @@ def apply(layer: Layer, parameters: Mapping[str, Value]) -> Layer:
 
 
 def check(layers: Sequence[Layer], parameters: Mapping[str, Value]) -> None:
-    """Raise UnsupportedError for a model with nothing to evict."""
-    del parameters
+    """Raise UnsupportedError for a model with nothing to evict, InputError for an empty window or an
+    even kernel.
+    """
+    check_observing("snapkv", parameters)
     check_evictable("snapkv", layers)

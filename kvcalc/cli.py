@@ -66,7 +66,7 @@ def size(
         list[str] | None, typer.Option(help="auto, bf16, fp8, q8_0, …; repeat for several.")
     ] = None,
     engine: Annotated[
-        list[str] | None, typer.Option(help="Whose layout: model, vllm, llama.cpp, …; all.")
+        list[str] | None, typer.Option(help="Whose layout: model, vllm, llama.cpp; all.")
     ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="The engine's own: n_ubatch=2048,swa_full=true.")

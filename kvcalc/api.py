@@ -1,17 +1,19 @@
 """The library's verbs: what `import kvcalc` offers, and what each command calls."""
 
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from itertools import product
 from os import PathLike, fspath
 from typing import Any, NamedTuple
 
 from kvcalc import sources
+from kvcalc.engines import engine_names
 from kvcalc.errors import InputError, KvcalcError, UnsupportedError
 from kvcalc.families import Architecture, describe
 from kvcalc.origin import Origin
 from kvcalc.sizing import Segment, SizeReport, size_architecture
 from kvcalc.sources import catalogue
-from kvcalc.strategies import load_strategy, strategy_names
+from kvcalc.strategies import ALL, ChosenStrategy, load_strategy, strategy_names
 from kvcalc.units import MAX_TOKENS, check_count, parse_tokens, shown
 
 TABLE_SCHEMA = "kvcalc.size-table/1"
@@ -50,6 +52,7 @@ def size(
     encoder_seq: int | str | None = None,
     mtp: int = 0,
     decode: int = 0,
+    options: Mapping[str, Any] | None = None,
 ) -> SizeReport:
     """The exact size of a model's KV cache.
 
@@ -59,7 +62,8 @@ def size(
     the architecture must keep), `strategy` how the cache is compressed, `tp` and `pp` over how many
     ranks it is spread. `encoder_seq` is the length of an encoder's output, whose K and V cross
     attention keeps; `mtp` counts that many multi-token-prediction layers. `decode` tokens came
-    after the `seq` tokens of the prompt, which some strategies compress.
+    after the `seq` tokens of the prompt, which some strategies compress. `options` are those of
+    the engine, named as it names them.
 
     Raises a KvcalcError: InputError and its children for what cannot be read, UnsupportedError
     where no exact size is known.
@@ -78,6 +82,7 @@ def size(
         encoder_seq=encoder_seq,
         mtp=mtp,
         decode=decode,
+        options=options,
     )
 
 
@@ -133,6 +138,7 @@ def size_table(
     seqs: Sequence[str],
     batches: Sequence[int],
     kv_dtypes: Sequence[str],
+    engines: Sequence[str] = ("model",),
     revision: str | None = None,
     **point: Any,  # noqa: ANN401 - passed on by name
 ) -> SizeTable:
@@ -149,17 +155,36 @@ def size_table(
             errors.append((model, error))
             continue
         lengths: Sequence[int | str] = seqs or default_lengths(architecture.max_tokens)
-        for seq, batch, kv_dtype in product(lengths, batches, kv_dtypes):
+        for seq, batch, kv_dtype, engine in product(lengths, batches, kv_dtypes, engines):
+            own: dict[str, Any] = {
+                "seq": seq,
+                "batch": batch,
+                "kv_dtype": kv_dtype,
+                "engine": engine,
+            }
             try:
-                reports.append(
-                    size_point(
-                        architecture, origin, seq=seq, batch=batch, kv_dtype=kv_dtype, **point
-                    )
-                )
+                reports.append(size_point(architecture, origin, **own, **point))
             except KvcalcError as error:
-                errors.append((model, error))
+                errors.append((f"{model} in {engine}" if len(engines) > 1 else model, error))
     errors = list({(model, str(error)): (model, error) for model, error in errors}.values())
     return SizeTable(tuple(reports), tuple(errors))
+
+
+def engines(names: Sequence[str]) -> Sequence[str]:
+    """The engines of these names: `all` stands for every engine, no name for `model`."""
+    return engine_names() if ALL in names else names or ("model",)
+
+
+def engine_options(items: Sequence[str]) -> dict[str, str]:
+    """Options written as `name=value`; InputError for anything else."""
+    options = {}
+    for item in items:
+        name, equals, value = item.partition("=")
+        if not (name and equals and value):
+            msg = f"--option {shown(item)} is not name=value"
+            raise InputError(msg)
+        options[name.strip()] = value.strip()
+    return options
 
 
 def default_lengths(max_tokens: int) -> tuple[int, ...]:
@@ -244,16 +269,37 @@ def _sized(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def list_strategies(name: str = "") -> list[dict[str, Any]]:
-    """What there is to know about each strategy, or about the one named."""
-    names = [load_strategy(name).name] if name else strategy_names()
-    return [
-        {
-            "name": one,
-            "summary": strategy.SUMMARY,
-            "parameters": dict(strategy.PARAMETERS),
-            "works_on": strategy.WORKS_ON,
-            "source": strategy.SOURCE,
-        }
-        for one in names
-        for strategy in (load_strategy(one).strategy,)
-    ]
+    """What there is to know about each strategy, or about the one named; of a pair (`snapkv+int4`)
+    about both.
+
+    `parameters` are defaults, `choices` the words of those that are one of several. A headline is
+    what a paper or project promises; `measures` is what of a profile (`bytes`, `peak`, `ttft`,
+    `tpot`, `fidelity`) is the same quantity, "" where nothing is.
+    """
+    names: Sequence[str] = strategy_names()
+    if name:
+        named = load_strategy(name)
+        names = [one.own_name for one in (named, named.then) if one]
+    return [_told(load_strategy(one)) for one in names]
+
+
+def _told(chosen: ChosenStrategy) -> dict[str, Any]:
+    """A strategy with its defaults, as JSON has it."""
+    strategy = chosen.strategy
+    choices = {
+        key: [str(word) for word in type(value)]
+        for key, value in strategy.PARAMETERS.items()
+        if isinstance(value, StrEnum)
+    }
+    return {
+        "name": chosen.name,
+        "summary": strategy.SUMMARY,
+        **strategy.ABOUT._asdict(),
+        "works_on": strategy.WORKS_ON,
+        "parameters": chosen.plain_parameters,
+        "choices": choices,
+        "composes": bool(getattr(strategy, "COMPOSES", False)),
+        "stores": bool(getattr(strategy, "STORES", False)),
+        "source": strategy.SOURCE,
+        "headlines": [headline._asdict() for headline in strategy.ABOUT.headlines],
+    }

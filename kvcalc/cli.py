@@ -173,7 +173,7 @@ def strategies(
     name: Annotated[str, typer.Argument(metavar="[NAME]", help="Tell about one strategy.")] = "",
     json: Json = False,
 ) -> None:
-    """List the cache strategies with their parameters, defaults and sources."""
+    """List the cache strategies, or tell about one: what it keeps, needs and promises."""
     from kvcalc import api
 
     rows = api.list_strategies(name)

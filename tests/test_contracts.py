@@ -53,7 +53,7 @@ def test_sizing_loads_nothing_heavy(model, tmp_path):
 RANKS = (
     ("errors",),
     ("units", "data"),
-    ("dtypes", "origin"),
+    ("dtypes", "origin", "pasted"),
     ("layers", "config"),
     ("families", "strategies"),
     ("engines", "hardware"),
@@ -119,7 +119,7 @@ def test_every_strategy_has_promise_and_proof():
         folder = PACKAGE / "strategies" / name.replace("-", "_")
         assert (folder / "cache.py").is_file()
         strategy = load_strategy(name).strategy
-        assert all((strategy.SUMMARY, strategy.SOURCE, strategy.WORKS_ON))
+        assert all((strategy.SUMMARY, strategy.SOURCE, strategy.WORKS_ON, *strategy.ABOUT[:-1]))
 
 
 def test_every_profile_file_is_read():

@@ -1,4 +1,4 @@
-"""What evicting strategies still know: recall of the wired model follows what is published, in kind.
+"""What evicting strategies still know: recall of the wired model is as published, in kind.
 
 SnapKV keeps what the end of a prompt asks for and loses what it does not (arXiv:2404.14469; the
 leaderboard of kvpress tells question-aware from question-unseen runs apart); windows keep what lies

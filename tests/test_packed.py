@@ -57,7 +57,7 @@ def promise(spec, window, widths=(8, 16)):
     """What a strategy promises for such a layer."""
     shape = {"kv_heads": HEADS, "key_dim": widths[0], "value_dim": widths[1]}
     layer = FullAttention(**shape) if window is None else SlidingAttention(**shape, window=window)
-    return load_strategy(spec).apply(layer)
+    return load_strategy(spec).apply_all([layer])[0]
 
 
 def held(layer):

@@ -16,7 +16,6 @@ from transformers.modeling_utils import PreTrainedModel
 from kvcalc.hardware import find_gpu
 from kvcalc.measure.models import TORCH_DTYPES, LoadedModel
 from kvcalc.measure.workload import Workload
-from kvcalc.sizing import SizeReport
 
 _PROBE_BYTES = 2**27
 _PROBE_SIDE = 1024
@@ -44,15 +43,18 @@ class Work(NamedTuple):
 
 
 def speed_of_light(
-    loaded: LoadedModel, workload: Workload, predicted: SizeReport, *, recomputes: bool
+    loaded: LoadedModel, workload: Workload, cache_bytes: int, *, recomputes: bool
 ) -> dict[str, Any]:
-    """Predicted TTFT and TPOT, and what they were predicted from."""
+    """Predicted TTFT and TPOT, and what they were predicted from.
+
+    `cache_bytes` is what the last decode step reads of the cache.
+    """
     ceilings = device_ceilings(loaded.device, loaded.dtype)
     prefill = prefill_work(loaded, workload.prompt_tokens, workload.batch)
     if recomputes:
         decode = prefill_work(loaded, workload.total_tokens, workload.batch)
     else:
-        decode = decode_work(loaded, workload, predicted.total_bytes)
+        decode = decode_work(loaded, workload, cache_bytes)
     return {
         "ttft_seconds": prefill.seconds(ceilings),
         "tpot_seconds": decode.seconds(ceilings),
@@ -87,7 +89,7 @@ def prefill_work(loaded: LoadedModel, tokens: int, batch: int) -> Work:
 
 
 def decode_work(loaded: LoadedModel, workload: Workload, cache_bytes: int) -> Work:
-    """One token of each sequence: every weight that it uses, and the whole cache, are read once.
+    """One token of each sequence: every weight that it uses, and the cache, are read once.
 
     Its attention is bound by that reading and adds no operations here.
     """

@@ -30,7 +30,15 @@ from kvcalc.measure.models import LeastCache, LoadedModel, load_model, no_cache,
 from kvcalc.measure.peak import estimated_peaks
 from kvcalc.measure.record import RowFile, claimed, conditions, free_memory
 from kvcalc.measure.retrieval import recall
-from kvcalc.measure.row import exit_status, explanations, new_row, ratios, went_wrong
+from kvcalc.measure.row import (
+    exit_status,
+    explanations,
+    headlines,
+    mark_front,
+    new_row,
+    ratios,
+    went_wrong,
+)
 from kvcalc.measure.session import Session, few_objects, release, undisturbed
 from kvcalc.measure.timed import Run, summed_up, time_once
 from kvcalc.measure.workload import Workload
@@ -114,8 +122,9 @@ def profile(
                     row["reason"] = f"after {len(entry.runs)} of {workload.repeats} timed runs"
                 yield row
         raise
-    for entry in entries:
-        row = _finished(entry, workload, entries[0])
+    rows = [_finished(entry, workload, entries[0]) for entry in entries]
+    mark_front(rows)
+    for entry, row in zip(entries, rows, strict=True):
         try:
             if file is not None and file.row(entry.point) is None:
                 file.append(row)
@@ -195,7 +204,7 @@ def _entry(
         **{key: about[key] for key in ("torch", "transformers", "device", "threads")},
     }
     known = file.row(point) if file else None
-    row = known or new_row(loaded.name, chosen, point, {**about, **settings})
+    row = new_row(loaded.name, chosen, point, {**about, **settings}) | (known or {})
     runs = []
     for part in file.parts(point) if file and not known else []:
         if "counted" in part:
@@ -245,7 +254,11 @@ def _count_all(
                 dtype=FORMATS[loaded.dtype],
             )
             fields["speed_of_light"] = speed_of_light(
-                loaded, workload, predicted, recomputes=entry.chosen.recomputes
+                loaded,
+                workload,
+                # All that is stored, unless the strategy says that it reads a part.
+                fields["figures"].get("traffic_bytes", predicted.total_bytes),
+                recomputes=entry.chosen.recomputes,
             )
             if full is not None:
                 fields["fidelity"] = fidelity(counted.logits, full, feed)
@@ -367,11 +380,14 @@ def _refuse_what_cannot_fit(loaded: LoadedModel, predicted: SizeReport) -> None:
 
 
 def _finished(entry: Entry, workload: Workload, first: Entry) -> dict[str, Any]:
-    """The row with times over its runs, the fractions of the ceilings and the ratios."""
+    """The row with times over its runs, the fractions of the ceilings, the ratios and what was
+    promised.
+    """
     row = entry.row
     if row["tpot_seconds"] is None and entry.runs and entry.going:
         row |= summed_up(entry.runs, batch=workload.batch)
         row["speed_of_light"] |= achieved(row["speed_of_light"], row)
     if first.chosen.name == BASELINE and row["held_bytes"] is not None:
         row["ratio_to_dynamic"] = ratios(row, first.row)
+    row["headlines"] = headlines(entry.chosen, row["ratio_to_dynamic"])
     return row

@@ -1,6 +1,8 @@
 """One row of a profile: its fields, what they say when something went wrong, and the ratios."""
 
+import math
 from collections.abc import Mapping, Sequence
+from operator import le
 from typing import Any
 
 import torch
@@ -41,6 +43,9 @@ def new_row(
         "needle_recall": None,
         "speed_of_light": None,
         "ratio_to_dynamic": None,
+        "on_pareto_front": None,
+        "headlines": [],
+        "layers_share": chosen.layers_share,
         "layers": [],
         "notes": [],
         "figures": {},
@@ -100,6 +105,55 @@ def ratios(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any
             difference = abs(mine["median"] - other["median"])
             found[f"{name}_alike"] = difference <= mine["spread"] + other["spread"]
     return found
+
+
+RATIO_OF = {"bytes": "held", "peak": "peak", "ttft": "ttft", "tpot": "tpot"}
+"""The ratio that a headline's `measures` stands for."""
+
+
+def headlines(
+    chosen: ChosenStrategy, ratio_to_dynamic: Mapping[str, Any] | None
+) -> list[dict[str, Any]]:
+    """What is promised of the strategy, each with the ratio to dynamic that was `measured`, None
+    where it is another quantity or nothing was. Nobody promises anything of a pair.
+    """
+    if chosen.then:
+        return []
+    found = ratio_to_dynamic or {}
+    return [
+        {**headline._asdict(), "measured": found.get(RATIO_OF.get(headline.measures, ""))}
+        for headline in chosen.strategy.ABOUT.headlines
+    ]
+
+
+def mark_front(rows: Sequence[dict[str, Any]]) -> None:
+    """Set `on_pareto_front` of the rows that take part, as those do which are ok, hold anything and
+    were compared with the full cache.
+
+    What counts is held bytes, mean KL and, of the built-in model, the part of the needles missed,
+    with the question in the prompt and unseen; of each less is better. A row is on the front unless
+    another one is no worse in all of these and better in one. A cache that holds nothing buys its
+    bytes with time alone, and would beat every other.
+    """
+    costs = [_costs(row) for row in rows]
+    for row, mine in zip(rows, costs, strict=True):
+        if mine:
+            row["on_pareto_front"] = not any(
+                other and other != mine and all(map(le, other, mine)) for other in costs
+            )
+
+
+def _costs(row: Mapping[str, Any]) -> tuple[float, ...] | None:
+    """What `mark_front` compares, None for a row that takes no part."""
+    fidelity, needle = row["fidelity"], row["needle_recall"]
+    if row["status"] != "ok" or not row["held_bytes"] or not fidelity:
+        return None
+    costs = (
+        row["held_bytes"],
+        fidelity["kl_mean"],
+        *(1 - part for part in (needle or {}).values()),
+    )
+    return costs if all(map(math.isfinite, costs)) else None
 
 
 def exit_status(rows: Sequence[Mapping[str, Any]]) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from shutil import get_terminal_size
+from textwrap import wrap
 from typing import Any
 
 from rich.console import Console
@@ -319,11 +320,83 @@ def print_gpus(rows: Sequence[Mapping[str, Any]], *, pattern: str) -> None:
 
 
 def print_strategies(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Each strategy in a few lines."""
+    """One strategy, or the two of a pair, in full; more of them in a line or two each."""
     out = console()
+    if len(rows) > 2:
+        _list_strategies(out, rows)
+        return
+    if len(rows) == 2:
+        one, other = rows
+        out.print(f"{one['name']}+{other['name']}", style="bold", end="")
+        out.print(f"  {other['name']} stores what {one['name']} keeps")
     for row in rows:
-        defaults = ",".join(f"{key}={value}" for key, value in row["parameters"].items())
-        out.print(Text(row["name"] + (f":{defaults}" if defaults else ""), style="bold"))
-        out.print(f"  {row['summary']}")
-        out.print(f"  works on {row['works_on']}", style="dim")
-        out.print(f"  source: {row['source']}", style="dim")
+        if len(rows) == 2:
+            out.print()
+        _tell_strategy(out, row)
+    if any(headline["measures"] for row in rows for headline in row["headlines"]):
+        out.print()
+        note = "like for like is the quantity; model, device and length are the claim's own"
+        out.print(note, style="dim")
+
+
+def _list_strategies(out: Console, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Name and summary, and how to learn more."""
+    widest = max(len(row["name"]) for row in rows)
+    for row in rows:
+        print_folded(out, row["name"].ljust(widest + 2), row["summary"])
+    out.print()
+    keep, store = (
+        ", ".join(row["name"] for row in rows if row[ability]) for ability in ("composes", "stores")
+    )
+    print_folded(out, "", f"A+B, where B stores what A keeps: A of {keep}; B of {store}", "dim")
+    out.print(f"{len(rows)} strategies; kvcalc strategies NAME tells about one", style="dim")
+
+
+def _tell_strategy(out: Console, row: Mapping[str, Any]) -> None:
+    """Everything about a strategy, and what is claimed of it."""
+    defaults = ",".join(f"{key}={value}" for key, value in row["parameters"].items())
+    out.print(row["name"] + (f":{defaults}" if defaults else ""), style="bold")
+    print_folded(out, "  ", row["summary"])
+    choices = "; ".join(f"{key}: {' or '.join(words)}" for key, words in row["choices"].items())
+    for label, told in (
+        ("keeps", row["keeps"]),
+        ("formula", row["formula"]),
+        ("evicts", row["evicts"]),
+        ("needs", row["needs"]),
+        ("works on", row["works_on"]),
+        ("limits", row["limits"]),
+        ("choices", choices),
+        ("source", row["source"]),
+    ):
+        if told:
+            print_folded(out, f"  {label:<9} ", told)
+    label = "claims"
+    for headline in row["headlines"]:
+        print_folded(out, f"  {label:<9} ", f"{headline['claim']}: {headline['conditions']}")
+        print_folded(out, " " * 14, like_for_like(headline), "dim")
+        label = ""
+
+
+QUANTITIES = {
+    "bytes": "bytes held",
+    "peak": "peak",
+    "ttft": "TTFT",
+    "tpot": "TPOT",
+}
+"""What a headline's `measures` is called."""
+
+
+def like_for_like(headline: Mapping[str, Any]) -> str:
+    """What of a profile a claim can be held against, and why not or with what reserve."""
+    said = "another quantity"
+    if headline["measures"]:
+        said = f"like for like with {QUANTITIES[headline['measures']]} in a profile"
+    return ": ".join(filter(None, (said, headline["remark"])))
+
+
+def print_folded(out: Console, label: str, told: str, style: str = "") -> None:
+    """A label, and beside it a text that folds in its column at the width of the terminal."""
+    width = min(max(get_terminal_size().columns, 40), 100) - len(label)
+    for line in wrap(told, width, break_long_words=False, break_on_hyphens=False):
+        out.print(Text.assemble((label, "bold"), (line, style)))
+        label = " " * len(label)

@@ -48,7 +48,8 @@ class Strategy(Protocol):
     - `apply_all(layers, parameters)` instead of `apply`, where what a layer keeps depends on its
       place: it returns what each layer becomes;
     - `figures(layers, parameters, *, tokens, batch, dtype)`: further byte counts by name (room
-      without tokens in a paged cache, what an offloaded one has on the device);
+      without tokens in a paged cache, what an offloaded one has on the device); `traffic_bytes` is
+      what a decode step reads of the whole model's cache, where that is not all of it;
     - `COPIES`: how often a decode step makes a layer's K and V anew, in the model's dtype, while it
       attends to them (two where they come from elsewhere and are joined with the newest);
     - `RECOMPUTES = True`, where nothing is cached and each step is run with the whole sequence;

@@ -7,8 +7,8 @@ class Headline(NamedTuple):
     """A figure that a paper or project promises, and what it is a figure of.
 
     `measures` is the column of a profile that it can be held against (`bytes`, `peak`, `ttft`,
-    `tpot`, `fidelity`), "" where it is a quantity of another kind; `remark` says why, or what else
-    is in it.
+    `tpot`), "" where it is a quantity of another kind (a benchmark's score, a throughput); `remark`
+    says why, or what else is in it.
     """
 
     claim: str

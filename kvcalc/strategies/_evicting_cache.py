@@ -2,7 +2,7 @@
 that then choose which rows they go on with.
 
 `attention` is an attention function of transformers. A layer's `update` hands out its rows and
-waits for it; it runs the same SDPA kernel as without, with a mask made from the rows that are really
+waits for it; it runs the same SDPA kernel as without, with a mask of the rows that are really
 there, and hands queries, keys and values (after their rotation) to the layer. So the rows of a
 layer are let go before those of the next are made, and no model needs code of its own. Positions
 stay those of the tokens seen. Prompts come without padding.

@@ -34,7 +34,8 @@ from kvcalc.dtypes import StorageFormat
 from kvcalc.errors import InputError, UnsupportedError
 from kvcalc.layers import FullAttention, LatentAttention, Layer, PlainLayer
 from kvcalc.layers.mixed import SlidingLatent
-from kvcalc.strategies._packed import check_compute_dtype
+from kvcalc.strategies._about import About, Headline
+from kvcalc.strategies._packed import check_compute_dtype, smaller
 from kvcalc.units import ceil_div
 
 SOURCE = "transformers QuantizedCache (cache_utils.py 5.23.0)"
@@ -43,6 +44,34 @@ PARAMETERS: Mapping[str, int] = {"group": 64, "residual": 128, "key_axis": 0}
 
 PACKAGES = {"quanto": "optimum-quanto", "hqq": "hqq"}
 """The library that each backend of QuantizedCache needs."""
+
+BLOG = "Hugging Face's post on KV cache quantisation"
+
+PERPLEXITY = Headline(
+    "almost the perplexity of fp16",
+    f"Llama-2-7B-chat on PG-19, group 64, residual 128 ({BLOG})",
+    "",
+    "there of a book; --text gives it here",
+)
+"""Of 4 bits, with either library."""
+
+
+def about(
+    backend: str, bits: int, *, limits: str = "", headlines: tuple[Headline, ...] = ()
+) -> About:
+    """What is told about a strategy of this file."""
+    return About(
+        keeps="every token, quantised in groups of `group` values; up to `residual` - 1 of the "
+        "last as they are",
+        formula=f"{bits}/8 + 2 × bytes of the dtype / group for each value, and the tail; than 16 "
+        f"bits {smaller(bits, 64):.4g}× smaller at group 64",
+        evicts="nothing; every `residual` tokens all of it is dequantised, joined with them and "
+        "quantised again",
+        needs=f"the library {PACKAGES[backend]}, and a model without windows and states",
+        limits="values are rounded again and again; each step dequantises the whole cache"
+        f"{limits and f'; {limits}'}",
+        headlines=headlines,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -30,11 +30,34 @@ from kvcalc.errors import InputError, UnsupportedError
 from kvcalc.layers import Layer, PlainLayer
 from kvcalc.layers.mixed import CrossAttention, IndexKeys, NoCache
 from kvcalc.layers.states import StateLayer
+from kvcalc.strategies._about import About, Headline
 from kvcalc.strategies._rows import AttentionLayer, window_of
 
 SOURCE = "KIVI, arXiv:2402.02750, section 3"
 WORKS_ON = "full, window, chunked and latent layers; states, cross attention and index keys stay"
 PARAMETERS: Mapping[str, int] = {"group": 32, "residual": 128}
+
+
+def about(bits: int, *, limits: str, headlines: tuple[Headline, ...] = ()) -> About:
+    """What is told about a strategy of this file."""
+    return About(
+        keeps="every token: keys packed in groups of `group` tokens of a channel, values of "
+        "`group` channels of a token, the last `residual` tokens and up to a group more as they "
+        "are",
+        formula=f"{bits}/8 + 2 × bytes of the dtype / group for each value, and the tail; than 16 "
+        f"bits {smaller(bits, 32):.4g}× smaller at group 32, {smaller(bits, 64):.4g}× at group 64",
+        evicts="nothing; a group is quantised once, when the tail has `residual` + `group` tokens",
+        needs="`group` to divide the width of V; for speed a GPU with Triton, whose kernel reads "
+        "what is packed",
+        limits=f"{limits}; without that kernel a step unpacks all it attends to",
+        headlines=headlines,
+    )
+
+
+def smaller(bits: int, group: int) -> float:
+    """How many times smaller than 16 bits a packed value is, with its part of scale and minimum."""
+    return 16 / (bits + 2 * 16 / group)
+
 
 STAYS = (CrossAttention, IndexKeys, NoCache, StateLayer)
 """Parts that keep their dtype: constant ones, and keys that only choose what is attended to."""

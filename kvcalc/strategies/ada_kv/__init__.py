@@ -37,7 +37,7 @@ ABOUT = About(
         Headline(
             "better answers than SnapKV and PyramidKV at the same bytes",
             "13 tasks of RULER and 16 of LongBench, with and without the question in sight",
-            "fidelity",
+            "",
             "a direction, no figure: its paper claims no speed",
         ),
     ),

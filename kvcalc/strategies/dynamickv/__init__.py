@@ -46,7 +46,7 @@ ABOUT = About(
         Headline(
             "about 90% of the full cache's quality with 1.7% of it",
             "LongBench, four models of 7B and 8B; the first version of the abstract said 85%",
-            "fidelity",
+            "",
             "a mean over tasks",
         ),
         Headline(

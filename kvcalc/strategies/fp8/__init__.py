@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from kvcalc.dtypes import FORMATS, StorageFormat
 from kvcalc.layers import Layer
+from kvcalc.strategies._about import About, Headline
 from kvcalc.strategies._packed import WORKS_ON, check_compute_dtype, quantisable
 from kvcalc.strategies._rows import StoredRows, refuse_own_classes
 
@@ -20,6 +21,21 @@ __all__ = ["ABOUT", "PARAMETERS", "SOURCE", "SUMMARY", "WORKS_ON", "apply", "che
 SUMMARY = "e4m3 keys and values with a float32 scale for each token and KV head"
 SOURCE = "vLLM's fp8_per_token_head (triton_attn.py); OCP 8-bit floating point, e4m3"
 PARAMETERS: Mapping[str, int] = {}
+ABOUT = About(
+    keeps="every token, a byte for each value, and a float32 scale for each K and V row of a head",
+    formula="tokens × KV heads × (K + V width + 8) bytes; 1.94× smaller than 16 bits at width 128",
+    evicts="nothing; a row is rounded once, after the step that brought it",
+    needs="nothing: rows are widened to the model's dtype before attention",
+    limits="three bits of mantissa: a value is off by up to 6%; a step widens all it attends to",
+    headlines=(
+        Headline(
+            "about twice the tokens in the same memory",
+            "vLLM, one scale for a whole tensor (its documentation of 0.11)",
+            "bytes",
+            "here with a scale for each row",
+        ),
+    ),
+)
 
 STORES = True
 

@@ -6,11 +6,13 @@ from kvcalc.layers import Layer
 from kvcalc.strategies import _library
 from kvcalc.strategies._library import PARAMETERS, SOURCE, WORKS_ON
 
-__all__ = ["PARAMETERS", "SOURCE", "SUMMARY", "WORKS_ON", "apply"]
+__all__ = ["ABOUT", "PARAMETERS", "SOURCE", "SUMMARY", "WORKS_ON", "apply"]
 
 SUMMARY = "8-bit by hqq, requantised whole every `residual` tokens"
 
 BACKEND, BITS = "hqq", 8
+
+ABOUT = _library.about(BACKEND, BITS)
 
 
 def apply(layer: Layer, parameters: Mapping[str, int]) -> Layer:

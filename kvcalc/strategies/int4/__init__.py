@@ -15,6 +15,11 @@ STORES = True
 
 BITS = 4
 
+ABOUT = _packed.about(
+    BITS,
+    limits="nearer a third of the bytes than a quarter, since scales and minima count",
+)
+
 
 def apply(layer: Layer, parameters: Mapping[str, int]) -> Layer:
     """The layer with its rows packed, see `_packed`."""

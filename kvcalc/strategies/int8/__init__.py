@@ -15,6 +15,11 @@ STORES = True
 
 BITS = 8
 
+ABOUT = _packed.about(
+    BITS,
+    limits="a little more than half the bytes, and hardly a difference in answers",
+)
+
 
 def apply(layer: Layer, parameters: Mapping[str, int]) -> Layer:
     """The layer with its rows packed, see `_packed`."""

@@ -23,7 +23,7 @@ ABOUT = About(
         Headline(
             "less than 0.04% behind the full cache",
             "LongBench with 8k tokens kept, about 23% less; Llama-3.1-8B and Llama-3.2-3B",
-            "fidelity",
+            "",
             "points of a benchmark",
         ),
         Headline(

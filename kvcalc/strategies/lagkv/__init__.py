@@ -30,13 +30,13 @@ ABOUT = About(
         Headline(
             "nearly no loss at 2×, about 90% of the full cache's result at 8×",
             "LongBench and passkey retrieval (the paper's first version)",
-            "fidelity",
+            "",
             "points of a benchmark",
         ),
         Headline(
             "over 50% better than H2O",
             "retrieval of a passkey of 64 digits, at the same ratio (first version: over 60%)",
-            "fidelity",
+            "",
             "points of a benchmark",
         ),
     ),

@@ -43,7 +43,7 @@ ABOUT = About(
         Headline(
             "best of the methods compared",
             "LongBench, Needle in a Haystack, RULER and InfiniteBench (abstract)",
-            "fidelity",
+            "",
             "a direction, no figure; a speed of 9× that is quoted elsewhere is not in the abstract",
         ),
     ),

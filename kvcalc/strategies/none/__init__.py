@@ -7,11 +7,19 @@ from collections.abc import Mapping
 
 from kvcalc.layers import Layer
 from kvcalc.layers.mixed import NoCache
+from kvcalc.strategies._about import About
 
 SUMMARY = "keeps nothing and computes the whole sequence again at every step"
 SOURCE = "transformers with use_cache=False"
 WORKS_ON = "every model that is sized"
 PARAMETERS: Mapping[str, int] = {}
+ABOUT = About(
+    keeps="nothing: K and V of one layer after another are made in a step and dropped",
+    formula="0",
+    evicts="everything, in each step",
+    needs="the arithmetic of a whole prefill for every token",
+    limits="a decode step takes as long as a prefill of all tokens so far",
+)
 
 RECOMPUTES = True
 """Each step is given the whole sequence."""

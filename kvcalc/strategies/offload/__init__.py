@@ -15,12 +15,22 @@ from typing import ClassVar
 
 from kvcalc.dtypes import StorageFormat
 from kvcalc.layers import Layer
+from kvcalc.strategies._about import About
 from kvcalc.strategies._rows import AttentionLayer, StoredRows, refuse_own_classes
 
 SUMMARY = "keys and values in host memory, fetched one layer ahead; two layers on the device"
 SOURCE = "its own storage; the idea is that of transformers' offloaded caches"
 WORKS_ON = "full-attention, window and latent layers; states and index keys stay on the device"
 PARAMETERS: Mapping[str, int] = {}
+ABOUT = About(
+    keeps="all rows in host memory, and on the device during a step those of two layers",
+    formula="host: dynamic at full length, window - 1 tokens in window layers; device: the two "
+    "neighbouring layers with the most rows",
+    evicts="nothing but what falls out of the model's own windows",
+    needs="the final length beforehand, and pinned host memory beside a GPU",
+    limits="each step moves the whole cache to the device, and the bus bounds its speed; bytes "
+    "held are the host's, what the device has is a figure of its own; on a CPU both are one memory",
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from typing import ClassVar
 from kvcalc.dtypes import StorageFormat
 from kvcalc.errors import InputError
 from kvcalc.layers import Layer
+from kvcalc.strategies._about import About, Headline
 from kvcalc.strategies._rows import AttentionLayer, StoredRows, refuse_own_classes, window_of
 from kvcalc.units import ceil_div
 
@@ -27,6 +28,35 @@ SUMMARY = "blocks of a pool that grows on demand, found through a block table"
 SOURCE = "PagedAttention, arXiv:2309.06180, section 4"
 WORKS_ON = "full-attention, window and latent layers; states and index keys stay as they are"
 PARAMETERS: Mapping[str, int] = {"block": 16}
+ABOUT = About(
+    keeps="what dynamic keeps, in blocks of `block` tokens, and a table that says where they are",
+    formula="ceil(tokens / block) blocks for each sequence and layer, of a window no more than "
+    "1 + ceil((window - 2) / block), with 4 bytes of table each",
+    evicts="nothing; blocks that fell out of a window are used again",
+    needs="attention that finds rows through a table; here blocks are gathered at each step",
+    limits="of one sequence it saves nothing: a server saves what it would reserve for tokens that "
+    "never come, and what sequences share (not built here)",
+    headlines=(
+        Headline(
+            "up to 24× the throughput of Hugging Face Transformers",
+            "LLaMA-7B on an A10G, LLaMA-13B on an A100 (vLLM's launch post, June 2023)",
+            "",
+            "throughput of a server with many requests, no memory saved in a sequence",
+        ),
+        Headline(
+            "2-4× the throughput of FasterTransformer and Orca",
+            "at equal latency (abstract of the paper)",
+            "",
+            "throughput of a server with many requests",
+        ),
+        Headline(
+            "less than 4% of memory wasted",
+            "many requests at once (vLLM's launch post)",
+            "",
+            "a share of all that a server holds; of these sequences it is the figure `waste`",
+        ),
+    ),
+)
 
 COPIES = 1
 """A step makes a layer's rows once more, in one piece."""

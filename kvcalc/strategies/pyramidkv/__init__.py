@@ -46,7 +46,7 @@ ABOUT = About(
         Headline(
             "as good as the full cache with 12% of it",
             "LongBench (abstract)",
-            "fidelity",
+            "",
             "a mean over tasks",
         ),
         Headline(

@@ -6,11 +6,17 @@ from kvcalc.layers import Layer
 from kvcalc.strategies import _library
 from kvcalc.strategies._library import PARAMETERS, SOURCE, WORKS_ON
 
-__all__ = ["PARAMETERS", "SOURCE", "SUMMARY", "WORKS_ON", "apply"]
+__all__ = ["ABOUT", "PARAMETERS", "SOURCE", "SUMMARY", "WORKS_ON", "apply"]
 
 SUMMARY = "2-bit by optimum-quanto, requantised whole every `residual` tokens"
 
 BACKEND, BITS = "quanto", 2
+
+ABOUT = _library.about(
+    BACKEND,
+    BITS,
+    limits="key_axis=0 puts channels of a token together, where one large channel hurts all",
+)
 
 
 def apply(layer: Layer, parameters: Mapping[str, int]) -> Layer:

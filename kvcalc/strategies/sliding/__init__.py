@@ -11,12 +11,30 @@ from typing import ClassVar, TypeGuard
 
 from kvcalc.errors import UnsupportedError
 from kvcalc.layers import Layer
+from kvcalc.strategies._about import About, Headline
 from kvcalc.strategies._rows import AttentionLayer, StoredRows, window_of
 
 SUMMARY = "the model's own windows, freed at once; full layers as in dynamic"
 SOURCE = "the windows of the model's config; its own storage"
 WORKS_ON = "models with window or chunked layers"
 PARAMETERS: Mapping[str, int] = {}
+ABOUT = About(
+    keeps="of a window all that the next token attends to besides itself; of other layers what "
+    "dynamic keeps",
+    formula="min(tokens, window - 1) tokens in each window layer",
+    evicts="at every step, what has fallen out of the window",
+    needs="a model that was trained with windows",
+    limits="changes no answer, and saves little beyond dynamic, which has windows, too: rows of a "
+    "long prompt before the first step, then one row a layer",
+    headlines=(
+        Headline(
+            "8× less cache memory",
+            "Mistral 7B, window 4,096, at 32k tokens (arXiv:2310.06825, section 2)",
+            "",
+            "against a cache without windows, and dynamic has them",
+        ),
+    ),
+)
 
 COPIES = 1
 """A step makes a layer's rows once more, in one piece."""

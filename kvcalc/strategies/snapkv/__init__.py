@@ -51,8 +51,8 @@ def apply(layer: Layer, parameters: Mapping[str, Value]) -> Layer:
 
 
 def check(layers: Sequence[Layer], parameters: Mapping[str, Value]) -> None:
-    """Raise UnsupportedError for a model with nothing to evict, InputError for an empty window or an
-    even kernel.
+    """Raise UnsupportedError for a model with nothing to evict; InputError for an empty window and
+    an even kernel.
     """
     check_observing("snapkv", parameters)
     check_evictable("snapkv", layers)

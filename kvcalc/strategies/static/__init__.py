@@ -9,12 +9,29 @@ from kvcalc.errors import UnsupportedError
 from kvcalc.layers import Layer, PlainLayer
 from kvcalc.layers.mixed import CrossAttention, IndexKeys, NoCache
 from kvcalc.layers.states import StateLayer
+from kvcalc.strategies._about import About, Headline
 from kvcalc.strategies._rows import AttentionLayer
 
 SUMMARY = "allocated once at full length and written in place (prompt + generated tokens)"
 SOURCE = "transformers StaticCache"
 WORKS_ON = "full-attention, window and latent layers and index keys; states are as they are"
 PARAMETERS: Mapping[str, int] = {}
+ABOUT = About(
+    keeps="what dynamic keeps, in storage for all tokens of prompt and answer from the start",
+    formula="dynamic at full length, and 8 bytes for each layer",
+    evicts="nothing but what falls out of the model's own windows",
+    needs="the final length beforehand",
+    limits="faster only where steps are compiled or replayed as a CUDA graph; attention goes over "
+    "the whole length, filled or not",
+    headlines=(
+        Headline(
+            "up to 4× faster",
+            "with torch.compile, less for larger models (transformers' guide to LLM inference)",
+            "tpot",
+            "compiled there; here a CUDA graph on GPUs, on CPUs neither",
+        ),
+    ),
+)
 
 COPIES = 0
 """A step attends to the rows where they are."""

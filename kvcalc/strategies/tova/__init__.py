@@ -24,7 +24,8 @@ ABOUT = About(
         Headline(
             "nearly on par with 1/8 of the cache",
             "in some cases, of four long-range tasks and several models",
-            "fidelity",
+            "",
+            "points of a benchmark",
         ),
         Headline(
             "4.8× the throughput",

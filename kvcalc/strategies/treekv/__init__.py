@@ -33,7 +33,7 @@ ABOUT = About(
         Headline(
             "LongBench 31.70 against 32.86 of the full cache",
             "2,048 tokens kept, Llama-3.2-1B-Instruct",
-            "fidelity",
+            "",
             "points of a benchmark",
         ),
     ),

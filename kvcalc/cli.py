@@ -18,10 +18,13 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from kvcalc import __version__
-from kvcalc.errors import EXIT_BUG, InputError, KvcalcError, OutputError
+from kvcalc.errors import EXIT_BUG, InputError, KvcalcError, OutputError, UnsupportedError
 from kvcalc.units import check_count, parse_tokens, shown
 
 EXIT_INTERRUPTED = 130
+
+ALL = "all"
+"""What users type for every engine or strategy."""
 
 _PLAIN = {"×": "x", "±": "+/-", "≥": ">=", "…": "..."}
 
@@ -92,13 +95,14 @@ def size(
     if json + csv + markdown > 1:
         msg = "choose one of --json, --csv and --markdown"
         raise InputError(msg)
+    engines = api.engines(_items(engine, "--engine"))
     table = api.size_table(
         models,
         seqs=[str(parse_tokens(item)) for item in _items(seq, "--seq")],
         batches=[_count(item, "--batch") for item in _items(batch, "--batch")] or [1],
         kv_dtypes=_items(kv_dtype, "--kv-dtype") or ["auto"],
         revision=revision,
-        engines=api.engines(_items(engine, "--engine")),
+        engines=engines,
         options=api.engine_options(_items(option, "--option")),
         strategy=strategy,
         tp=tp,
@@ -120,11 +124,18 @@ def size(
     elif table.reports:
         from kvcalc.render import text
 
-        text.print_sizes(table.reports, explain=explain, lengths=not (seq or batch or kv_dtype))
+        text.print_sizes(
+            table.reports,
+            explain=explain,
+            lengths=not (seq or batch or kv_dtype or len(engines) > 1),
+        )
     for model, error in table.errors:
         _complain(f"{model}: {error}")
-    if table.errors:
-        raise typer.Exit(max(error.exit_code for _, error in table.errors))
+    errors = [error for _, error in table.errors]
+    if ALL in (engine or ()) and table.reports:  # of all, some will not run a model
+        errors = [error for error in errors if not isinstance(error, UnsupportedError)]
+    if errors:
+        raise typer.Exit(max(error.exit_code for error in errors))
 
 
 def models(
@@ -224,7 +235,7 @@ def profile(
     """Run a real model under cache strategies: bytes, peak, TTFT, TPOT, fidelity."""
     from kvcalc.measure import require_torch
     from kvcalc.measure.workload import checked_workload
-    from kvcalc.strategies import ALL, load_strategies
+    from kvcalc.strategies import load_strategies
 
     chosen = load_strategies(strategy or ["dynamic,static,int4"])
     workload = checked_workload(

@@ -194,7 +194,9 @@ def size_architecture(
     )
     settings = read_options(engine, runtime.OPTIONS, options or {})
     plan = Plan(seq_tokens, batch, dtype, tp, pp, settings)
-    layers = runtime.lay_out(architecture, plan) + _prediction_layers(architecture, engine, mtp)
+    predicted = _prediction_layers(architecture, engine, mtp)
+    counted = architecture._replace(layers=architecture.layers + predicted) if mtp else architecture
+    layers = runtime.lay_out(counted, plan)
     stored, segments = _stored_layers(_Same(layers), _Same(chosen), setting, tp, dtype)
     groups = tuple(each.group(seq_tokens, batch) for each in stored)
     total_bytes = sum(group.total_bytes for group in groups)

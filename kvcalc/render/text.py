@@ -127,26 +127,39 @@ def print_comparison(reports: Sequence[SizeReport]) -> None:
         "Tokens": len({report.seq_tokens for report in reports}) > 1,
         "Batch": len({report.batch for report in reports}) > 1,
         "Dtype": len({report.kv_dtype for report in reports}) > 1,
+        "Engine": len({report.engine for report in reports}) > 1,
     }
     said = [
         "" if varies["Tokens"] else f"{same.seq_tokens:,} tokens",
         "" if varies["Batch"] else f"batch {same.batch:,}",
-        _setting(same, dtype=not varies["Dtype"], sep=""),
+        _setting(same, dtype=not varies["Dtype"], engine=not varies["Engine"], sep=""),
     ]
+    models = {report.origin.resolved for report in reports}
+    if varies["Engine"] and len(models) == 1:
+        said.insert(0, same.origin.resolved)
+        models.clear()
     title = ", ".join(filter(None, said))
     out.print(f"KV cache: {title}" if title else "KV cache", style="bold")
     out.print()
     shown = [name for name, differs in varies.items() if differs]
     ranks = same.tp * same.pp > 1
-    rows = table("Model", *shown, "KV cache", *(["Per rank"] if ranks else []), "Bytes", "B/token")
+    rows = table(
+        *["Model"] * bool(models),
+        *shown,
+        "KV cache",
+        *(["Per rank"] if ranks else []),
+        "Bytes",
+        "B/token",
+    )
     for report in reports:
         cells = {
             "Tokens": f"{report.seq_tokens:,}",
             "Batch": f"{report.batch:,}",
             "Dtype": report.kv_dtype,
+            "Engine": report.engine,
         }
         rows.add_row(
-            report.origin.resolved,
+            *[report.origin.resolved] * bool(models),
             *(cells[name] for name in shown),
             format_bytes(report.total_bytes),
             *([format_bytes(report.bytes_per_rank)] if ranks else []),
@@ -154,6 +167,10 @@ def print_comparison(reports: Sequence[SizeReport]) -> None:
             per_token(report),
         )
     out.print(rows)
+    if varies["Engine"]:
+        out.print()
+        for engine, source in {report.engine: report.engine_source for report in reports}.items():
+            print_folded(out, f"{engine:<14}", source, "dim")
     notes = [
         f"{report.origin.resolved}: {note}"
         for report in reports
@@ -211,12 +228,14 @@ def provenance(report: SizeReport) -> Iterable[str]:
     yield f"dtype:    {report.kv_dtype}: {report.kv_dtype_origin}"
 
 
-def _setting(report: SizeReport, *, dtype: bool = True, sep: str = ", ") -> str:
+def _setting(
+    report: SizeReport, *, dtype: bool = True, engine: bool = True, sep: str = ", "
+) -> str:
     """What else was asked for: dtype, strategy, engine, ranks."""
     parts = [
         report.kv_dtype if dtype else "",
         report.strategy if report.strategy != "dynamic" else "",
-        f"engine {report.engine}" if report.engine != "model" else "",
+        f"engine {report.engine}" if engine and report.engine != "model" else "",
         f"tp {report.tp}" if report.tp > 1 else "",
         f"pp {report.pp}" if report.pp > 1 else "",
     ]

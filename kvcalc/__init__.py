@@ -5,7 +5,7 @@
 17179869184
 """
 
-from kvcalc.api import size
+from kvcalc.api import fit, size
 from kvcalc.errors import (
     ConfigError,
     GatedModelError,
@@ -18,12 +18,14 @@ from kvcalc.errors import (
     PredictionBrokenError,
     UnsupportedError,
 )
+from kvcalc.fitting import FitReport
 from kvcalc.sizing import SizeReport
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ConfigError",
+    "FitReport",
     "GatedModelError",
     "HubUnavailableError",
     "InputError",
@@ -34,5 +36,6 @@ __all__ = [
     "PredictionBrokenError",
     "SizeReport",
     "UnsupportedError",
+    "fit",
     "size",
 ]

@@ -10,11 +10,13 @@ from kvcalc import sources
 from kvcalc.engines import engine_names
 from kvcalc.errors import InputError, KvcalcError, UnsupportedError
 from kvcalc.families import Architecture, describe
+from kvcalc.fitting import FitReport, fit_architecture
 from kvcalc.origin import Origin
+from kvcalc.pasted import read_command
 from kvcalc.sizing import Segment, SizeReport, size_architecture
 from kvcalc.sources import catalogue
 from kvcalc.strategies import ALL, ChosenStrategy, load_strategy, strategy_names
-from kvcalc.units import MAX_TOKENS, check_count, parse_tokens, shown
+from kvcalc.units import MAX_TOKENS, check_count, parse_bytes, parse_tokens, shown
 
 TABLE_SCHEMA = "kvcalc.size-table/1"
 
@@ -83,6 +85,75 @@ def size(
         mtp=mtp,
         decode=decode,
         options=options,
+    )
+
+
+def fit(
+    model: str | PathLike[str] | Mapping[str, Any],
+    *,
+    kv_memory: int | str,
+    seq: int | str | None = None,
+    concurrency: int = 1,
+    engine: str = "vllm",
+    kv_dtype: str = "auto",
+    tp: int = 1,
+    pp: int = 1,
+    options: Mapping[str, Any] | None = None,
+    kv_memory_origin: str = "asked for",
+    revision: str | None = None,
+) -> FitReport:
+    """What an engine holds in the memory that each rank has for its cache.
+
+    `model` and the engine's parameters are those of `size`; `kv_memory` is in bytes (`"20GiB"`),
+    as vLLM prints it ("Available KV cache memory"). Without `seq` the model's own maximum is meant.
+    Raises what `size` raises.
+    """
+    architecture, origin = read_model(model, revision=revision)
+    if seq is None and not architecture.max_tokens:
+        msg = f"{origin.requested} does not say its longest sequence; give --seq"
+        raise InputError(msg)
+    return fit_architecture(
+        architecture,
+        origin=origin,
+        available_bytes=parse_bytes(kv_memory, name="--kv-memory"),
+        available_origin=kv_memory_origin,
+        seq_tokens=parse_tokens(seq) if seq is not None else architecture.max_tokens,
+        concurrency=concurrency,
+        engine=engine,
+        kv_dtype=kv_dtype,
+        tp=tp,
+        pp=pp,
+        options=options,
+    )
+
+
+def fit_command(command: str, *, kv_memory: str | None, **given: Any) -> FitReport:  # noqa: ANN401
+    """What the server of a pasted command line holds; `given` beside it goes before what it says.
+
+    Raises InputError where nothing says how much memory its cache has.
+    """
+    pasted = read_command(command)
+    memory = kv_memory or pasted.budget.get("kv_cache_memory_bytes")
+    if memory is None:
+        shares = ", ".join(pasted.budget) or "its default share"
+        msg = (
+            f"the command's cache gets what {shares} leaves of a GPU, which kvcalc does not work "
+            "out yet: give --kv-memory, as the engine prints it"
+        )
+        raise InputError(msg)
+    point: dict[str, Any] = dict(pasted.point)
+    for name in ("tp", "pp"):
+        if name in point:
+            point[name] = parse_tokens(point[name], name=f"--{name}")
+    if "batch" in point:
+        point["concurrency"] = parse_tokens(point.pop("batch"), name="--concurrency")
+    options = {**pasted.options, **(given.pop("options", None) or {})}
+    return fit(
+        pasted.model,
+        engine=pasted.engine,
+        kv_memory=memory,
+        options=options,
+        **{**point, **{name: value for name, value in given.items() if value is not None}},
     )
 
 

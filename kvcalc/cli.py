@@ -22,6 +22,7 @@ from kvcalc.errors import EXIT_BUG, InputError, KvcalcError, OutputError, Unsupp
 from kvcalc.units import check_count, parse_tokens, shown
 
 EXIT_INTERRUPTED = 130
+EXIT_FAILED = 1
 
 ALL = "all"
 """What users type for every engine or strategy."""
@@ -136,6 +137,64 @@ def size(
         errors = [error for error in errors if not isinstance(error, UnsupportedError)]
     if errors:
         raise typer.Exit(max(error.exit_code for error in errors))
+
+
+def fit(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="Like size; none with --from.")
+    ] = None,
+    kv_memory: Annotated[
+        str | None, typer.Option(help="Memory of each rank for its cache: 20GiB, 6.22GiB.")
+    ] = None,
+    seq: Annotated[
+        str | None, typer.Option(help="Tokens of a request; else the model's maximum.")
+    ] = None,
+    concurrency: Annotated[int | None, typer.Option(help="Requests at once.")] = None,
+    engine: Annotated[str | None, typer.Option(help="Whose rules; else vllm.")] = None,
+    option: Annotated[
+        list[str] | None, typer.Option(help="The engine's own: block_size=32.")
+    ] = None,
+    kv_dtype: Annotated[str | None, typer.Option(help="auto, bf16, fp8, q8_0, …")] = None,
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks.")] = None,
+    pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
+    command: Annotated[
+        str | None, typer.Option("--from", help="A server's command line, pasted.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    json: Json = False,
+) -> None:
+    """Tell what an engine's cache memory holds: requests, tokens and headroom."""
+    from kvcalc import api
+
+    given: dict[str, Any] = {
+        "seq": seq,
+        "concurrency": concurrency,
+        "kv_dtype": kv_dtype,
+        "tp": tp,
+        "pp": pp,
+        "revision": revision,
+        "options": api.engine_options(_items(option, "--option")),
+    }
+    if command is not None and (model or engine):
+        msg = "--from names model and engine: leave MODEL and --engine out"
+        raise InputError(msg)
+    if command is not None:
+        report = api.fit_command(command, kv_memory=kv_memory, **given)
+    elif model is None or kv_memory is None:
+        msg = "give MODEL and --kv-memory, or a server's command line with --from"
+        raise InputError(msg)
+    else:
+        given = {name: value for name, value in given.items() if value is not None}
+        report = api.fit(model, kv_memory=kv_memory, engine=engine or "vllm", **given)
+    if json:
+        from kvcalc.render import data
+
+        data.write_json(report.to_dict())
+    else:
+        from kvcalc.render import text
+
+        text.print_fit(report)
+    raise typer.Exit(0 if report.fits else EXIT_FAILED)
 
 
 def models(
@@ -300,6 +359,7 @@ def profile(
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "size": size,
+    "fit": fit,
     "profile": profile,
     "models": models,
     "gpus": gpus,

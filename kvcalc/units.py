@@ -44,6 +44,38 @@ def parse_tokens(value: str | int, *, name: str = "--seq") -> int:
     return check_count(tokens, name=name, most=MAX_TOKENS)
 
 
+_BYTE_UNITS = {
+    "": 1,
+    "b": 1,
+    "kb": 1000,
+    "mb": 1000**2,
+    "gb": 1000**3,
+    "tb": 1000**4,
+    "kib": KIB,
+    "mib": MIB,
+    "gib": GIB,
+    "tib": TIB,
+}
+_BYTES = re.compile(r"([0-9][0-9_]*)(?:\.([0-9]{1,9}))?\s*([a-zA-Z]*)")
+
+
+def parse_bytes(value: str | int, *, name: str) -> int:
+    """Read a byte count: `6.22GiB` (2^30), `80GB` (10^9), `1_000_000`; a part of a byte is dropped.
+
+    Raises InputError for what is none.
+    """
+    if not isinstance(value, str):
+        return check_count(value, name=name, most=2**60)
+    text = value.strip()
+    match = _BYTES.fullmatch(text) if len(text) <= 40 else None
+    unit = _BYTE_UNITS.get(match[3].lower()) if match else None
+    if match is None or unit is None:
+        msg = f"{name} {shown(text)} is not a number of bytes; write 20GiB, 80GB or 1073741824"
+        raise InputError(msg)
+    digits = match[1].replace("_", "") + (match[2] or "")
+    return check_count(int(digits) * unit // 10 ** len(match[2] or ""), name=name, most=2**60)
+
+
 def check_count(value: int, *, name: str, most: int, least: int = 1) -> int:
     """Return `value` when it is an int in least..most, else raise InputError naming it."""
     if not isinstance(value, int) or isinstance(value, bool):

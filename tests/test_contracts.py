@@ -58,6 +58,7 @@ RANKS = (
     ("families", "strategies"),
     ("engines", "hardware"),
     ("sizing",),
+    ("fitting",),
     ("sources",),
     ("api",),
     ("__init__",),

@@ -34,7 +34,11 @@ class Plan(NamedTuple):
 
 
 class Engine(Protocol):
-    """What a module of this package offers."""
+    """What a module of this package offers.
+
+    A serving engine also has `room(architecture, plan, available_bytes)`: what one rank with so
+    much memory for its cache holds, by the names that the engine prints.
+    """
 
     OPTIONS: Mapping[str, Option]
 

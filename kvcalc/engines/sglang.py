@@ -646,6 +646,18 @@ def _state_share(budget_bytes: int, slot: int, options: Options) -> tuple[int, i
     return slots, max(int((rest - (slots + 1) * slot / GIB) * GIB), 0)
 
 
+def room(architecture: Architecture, plan: Plan, available_bytes: int) -> dict[str, int]:
+    """The pools that a rank makes of so many bytes, by SGLang's names."""
+    found = capacity(
+        architecture, available_bytes, dtype=plan.dtype, tp=plan.tp, options=plan.options
+    )
+    return {
+        "max_total_num_tokens": found.full_tokens or found.window_tokens,
+        "swa_tokens": found.window_tokens,
+        "max_mamba_cache_size": found.state_slots,
+    }
+
+
 def transients(
     layers: Sequence[Layer], *, tokens: int, batch: int, dtype: StorageFormat
 ) -> Mapping[str, int]:

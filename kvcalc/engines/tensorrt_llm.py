@@ -289,6 +289,14 @@ def capacity(
     return Capacity(blocks, blocks * pool.tokens_per_block)
 
 
+def room(architecture: Architecture, plan: Plan, available_bytes: int) -> dict[str, int]:
+    """The pool that a rank makes of so many bytes: blocks, and the tokens it prints."""
+    found = capacity(
+        architecture, available_bytes, dtype=plan.dtype, tp=plan.tp, options=plan.options
+    )
+    return {"primary_blocks": found.blocks, "max_tokens": found.tokens}
+
+
 def transients(
     layers: Sequence[Layer], *, tokens: int, batch: int, dtype: StorageFormat
 ) -> Mapping[str, int]:

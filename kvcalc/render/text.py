@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from kvcalc.fitting import FitReport
 from kvcalc.sizing import SizeReport
 from kvcalc.units import format_bytes
 
@@ -181,6 +182,50 @@ def print_comparison(reports: Sequence[SizeReport]) -> None:
         out.print()
     for note in dict.fromkeys(notes):
         out.print(f"note: {note}", style="yellow")
+
+
+def print_fit(report: FitReport) -> None:
+    """The memory, what is asked of it, and the most that it holds."""
+    out = console()
+    size = report.size
+    title = Text(size.origin.resolved, style="bold")
+    title.append(f"  {report.concurrency:,} × {size.seq_tokens:,} tokens{_setting(size)}")
+    out.print(title)
+    out.print()
+    rank = " of each rank" if size.tp * size.pp > 1 else ""
+    verdict = Text("fits", style="bold green") if report.fits else Text("does not fit", "bold red")
+    over = "left" if report.fits else "missing"
+    verdict.append(f"  {format_bytes(abs(report.headroom_bytes))} {over}", style="default")
+    lines = {
+        f"memory{rank}": Text(f"{_both(report.available_bytes)}  ({report.available_origin})"),
+        f"needed{rank}": Text(_both(report.needed_bytes)),
+        "": verdict,
+        "most requests": Text(f"{report.max_concurrency:,} of {size.seq_tokens:,} tokens at once"),
+        "longest sequence": Text(
+            f"{report.max_tokens:,} tokens for {report.concurrency:,} at once"
+        ),
+    }
+    widest = max(map(len, lines)) + 2
+    for label, said in lines.items():
+        out.print(Text(label.ljust(widest)).append_text(said))
+    if report.printed:
+        figures = ", ".join(f"{name} {_printed(value)}" for name, value in report.printed.items())
+        print_folded(out, "engine says".ljust(widest), figures)
+    out.print()
+    for line in provenance(size):
+        out.print(line, style="dim")
+    for note in dict.fromkeys(size.notes):
+        out.print(f"note: {note}", style="yellow")
+
+
+def _both(num_bytes: int) -> str:
+    return f"{format_bytes(num_bytes)}  {num_bytes:,} bytes"
+
+
+def _printed(value: float) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.2f}"
 
 
 def per_token(report: SizeReport) -> str:

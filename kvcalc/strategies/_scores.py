@@ -28,17 +28,19 @@ def head_attention(seen: Attended, queries: slice) -> Tensor:
     rows = seen.key.shape[2]
     first, last, _ = queries.indices(new)
     asked = seen.query[:, :, first:last].reshape(batch, seen.key.shape[1], -1, width)
-    logits = (asked @ seen.key.transpose(2, 3)).view(batch, heads, last - first, rows)
+    # Where rows stand in order, those after the last query are not looked at.
+    keys = seen.key if seen.mask is not None else seen.key[:, :, : rows - new + last]
+    logits = (asked @ keys.transpose(2, 3)).view(batch, heads, last - first, -1)
     logits = logits.float() * seen.scaling
     if seen.mask is None:
-        see = torch.ones(last - first, rows, dtype=torch.bool, device=logits.device)
-        logits = logits.masked_fill(~see.tril(rows - new + first), -torch.inf)
+        see = torch.ones(logits.shape[2:], dtype=torch.bool, device=logits.device)
+        hidden = ~see.tril(logits.shape[3] - logits.shape[2])
     else:
-        mask = seen.mask[:, :, first:last]
-        if mask.shape[1] > 1:
-            mask = mask.repeat_interleave(heads // mask.shape[1], dim=1)
-        logits = logits.masked_fill(~mask, -torch.inf)
-    return logits.softmax(-1)
+        hidden = ~seen.mask[:, :, first:last]
+        if hidden.shape[1] > 1:
+            hidden = hidden.repeat_interleave(heads // hidden.shape[1], dim=1)
+    attention = logits.masked_fill_(hidden, -torch.inf).softmax(-1)
+    return functional.pad(attention, (0, rows - logits.shape[3]))
 
 
 def window_attention(seen: Attended, window: int) -> Tensor:

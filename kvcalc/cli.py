@@ -55,7 +55,7 @@ class Weights(StrEnum):
 def size(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="MODEL...", help="Catalogue name, config.json, folder or HF id."),
+        typer.Argument(metavar="MODEL...", help="Catalogue name, config.json, GGUF or HF id."),
     ],
     seq: Annotated[
         list[str] | None, typer.Option(help="Tokens of a sequence: 128k, 1M; repeat for several.")

@@ -352,7 +352,7 @@ def test_a_config_cannot_write_to_the_terminal(complaint, tmp_path):
         (["--engine", "tgi"], BAD, "unknown engine 'tgi'"),
         (["--engine", "../model"], BAD, "unknown engine '../model'"),
         (["--engine", "transformers", "--tp", "2"], REFUSED, "--engine model"),
-        (["--strategy", "h2o"], BAD, "unknown strategy 'h2o'"),
+        (["--strategy", "h3o"], BAD, "unknown strategy 'h3o'"),
         (["--strategy", "int4.cache"], BAD, "unknown strategy 'int4.cache'"),
         (["--strategy", "int4:width=3"], BAD, "no parameter 'width'; its parameters: group"),
         (["--strategy", "int4:group=x"], BAD, "group must be a whole number, not 'x'"),
@@ -378,7 +378,7 @@ def test_an_option_that_cannot_be(complaint, options, status, said):
         (["--frobnicate"], "--frobnicate"),
         (["size"], "MODEL"),
         (["strategies", "a", "b"], "b"),
-        (["strategies", "h2o"], "unknown strategy 'h2o'"),
+        (["strategies", "h3o"], "unknown strategy 'h3o'"),
     ],
     ids=" ".join,
 )

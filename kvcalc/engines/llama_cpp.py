@@ -1,41 +1,42 @@
 """llama.cpp: cells of a context, allocated when it is made, whatever comes into them.
 
-Read in `src/llama-context.cpp`, `llama-kv-cache.cpp`, `llama-kv-cache-iswa.cpp`,
-`llama-kv-cache-dsa.cpp`, `llama-memory-recurrent.cpp` and `llama-hparams.cpp` of the llama.cpp that
-llama-cpp-python 0.3.36 ships (August 2026), and run: the tests build it and compare its log.
+Read in `src/llama-context.cpp`, `llama-model.cpp`, `llama-kv-cache*.cpp`,
+`llama-memory-recurrent.cpp`, `llama-hparams.cpp` and `src/models` of the llama.cpp that
+llama-cpp-python 0.3.36 ships (August 2026), and run: a test compares what it logs.
 
 - `n_ctx` is padded to 256. A unified cache is one stream of that many cells; else each of
   `n_seq_max` sequences has a stream of its own of `n_ctx / n_seq_max`, padded to 256 again.
-- A layer keeps a row of K and one of V for each cell. Window layers, in architectures that llama.cpp
-  gives windows, have pad(min(cells, window × (unified ? n_seq_max : 1) + n_ubatch), 256) cells, or
-  all with `swa_full`. In other architectures (Mistral, Phi-3) windows are ignored.
+- A layer keeps a row of K and one of V for each cell. Window layers, in architectures that
+  llama.cpp gives windows, have pad(min(cells, window × (unified ? n_seq_max : 1) + n_ubatch), 256)
+  cells, or all with `swa_full`. In other architectures (Mistral, Phi-3) windows are ignored.
 - Without flash attention V is transposed, and as wide in every layer as in the widest.
-- Latents are K alone; a file converted before April 2025 keeps K and V of every head (`mla`
-  false). The lightning indexer's key is a row of K.
+- Latents are K alone; a file of DeepSeek-V2 or V3 converted before April 2025 keeps K and V of
+  every head (`mla` false), as MiniCPM3 always does. The lightning indexer's key is a row of K.
 - Recurrent layers keep f32 states for each of `n_seq_max` × (1 + `n_rs_seq`) sequences.
 
 Options are those of the library (`llama_context_params`); `llama-server` has `swa_full` off, the
-library on: here it is off unless asked for.
+library on: here it is off unless asked for. `llama-server` without `-np` makes 4 unified sequences.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from kvcalc.config import FieldUse
 from kvcalc.dtypes import FORMATS, StorageFormat
 from kvcalc.engines import Option, Plan
 from kvcalc.errors import ConfigError, InputError, UnsupportedError
 from kvcalc.families import Architecture
-from kvcalc.layers import FullAttention, HeadsLayer, LatentAttention, Layer, PlainLayer, Windowed
-from kvcalc.layers.mixed import IndexKeys, NoCache
+from kvcalc.layers import HeadsLayer, LatentAttention, Layer, PlainLayer, Windowed
+from kvcalc.layers.mixed import CrossAttention, IndexKeys, NoCache
 from kvcalc.layers.states import StateLayer
-from kvcalc.units import ceil_div
+from kvcalc.units import ceil_div, shown
 
 OPTIONS: Mapping[str, Option] = {
     "n_ctx": Option("count", None, "cells asked for, for all sequences; else seq × n_seq_max"),
     "n_seq_max": Option("count", None, "sequences (-np); else the batch"),
+    "n_batch": Option("count", 2048, "tokens of a logical batch (-b); n_ubatch is at most that"),
     "n_ubatch": Option("count", 512, "tokens of a physical batch (-ub)"),
     "type_k": Option("format", None, "format of K (-ctk); else the KV dtype"),
     "type_v": Option("format", None, "format of V (-ctv); else the KV dtype"),
@@ -49,20 +50,63 @@ OPTIONS: Mapping[str, Option] = {
 CELLS = 256
 """What contexts and window caches are padded to."""
 
+MAX_SEQUENCES = 256
+"""LLAMA_MAX_SEQ."""
+
 FORMATS_TAKEN = ("fp32", "fp16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+
+SUPPORTED = frozenset(
+    """
+    afmoe apertus arcee baichuan bailing_hybrid bailing_moe bamba bitnet bloom chameleon chatglm
+    cohere cohere2 cohere2_moe dbrx deepseek deepseek_v2 deepseek_v3 deepseek_v32 dots1 ernie4_5
+    ernie4_5_moe exaone exaone4 exaone4_5_text exaone_moe falcon falcon_h1 falcon_mamba gemma gemma2
+    gemma3_text gemma3n_text gemma4_text gemma4_unified_text glm glm4 glm4_moe glm4_moe_lite
+    glm4v_moe_text glm4v_text glm_moe_dsa glm_ocr_text gpt2 gpt_bigcode gpt_neox gpt_oss granite
+    granite_swa granitemoe granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_dense
+    hunyuan_v1_moe hunyuan_vl_text hy_v3 internlm2 internlm3 iquestcoder jais2 jamba kimi_k2
+    kimi_linear laguna lfm2 lfm2_moe llama llama4_text mamba mamba2 mellum mimo_v2_flash minicpm
+    minicpm3 minimax_m2 minimax_text_01 ministral3 mistral mistral4 mixtral mpt muse_glimmer_text
+    nemotron nemotron-nas nemotron_h olmo olmo2 olmo3 olmoe openelm orion paddleocr_vl_text phi
+    phi-msft phi3 phimoe plamo2 qwen qwen2 qwen2_5_omni_text qwen2_5_vl_text qwen2_moe qwen2_vl_text
+    qwen3 qwen3_5_moe_text qwen3_5_text qwen3_moe qwen3_next qwen3_omni_moe_text qwen3_vl_moe_text
+    qwen3_vl_text seed_oss smollm3 solar_open stablelm starcoder2 step3p5 xverse youtu youtu_vl
+    """.split()
+)
+"""Model types whose class the converter of that release takes (`conversion/*.py`) and whose cache
+class is one of those above.
+"""
 
 WINDOWED = frozenset(
     """
-    afmoe cohere2 cohere2_moe dots3_note dots3_note_text exaone4 exaone4_5 exaone_moe gemma2 gemma3
-    gemma3_text gemma3n gemma3n_text gemma4 gemma4_text gemma4_unified gpt_oss granite_swa
-    granitemoe_swa laguna lfm2 lfm2_moe llama4 llama4_text mellum mimo_v2_flash olmo3 plamo3
-    smallthinker step3p5 step3p7
+    afmoe cohere2 cohere2_moe exaone4 exaone4_5_text exaone_moe gemma2 gemma3_text gemma3n_text
+    gemma4_text gemma4_unified_text gpt_oss granite_swa granitemoe_swa laguna lfm2 lfm2_moe
+    llama4_text mellum mimo_v2_flash muse_glimmer_text olmo3 step3p5
     """.split()
 )
 """Model types whose architecture has a window in `src/models`; all others see everything."""
 
-UNKNOWN = frozenset({"deepseek_v4", "hy_v4", "minimax_m3_vl", "minimax_m3", "qwen4_exp", "kimi_k3"})
-"""Model types with a cache class of their own that is not covered here."""
+EXPANDED = frozenset({"minicpm3"})
+"""Model types whose latents are always kept as K and V of every head."""
+
+ONCE_EXPANDED = frozenset({"deepseek_v2", "deepseek_v3"})
+"""Model types that there are files of from before April 2025."""
+
+WITH_ROLLBACK = frozenset(
+    "bailing_hybrid lfm2 lfm2_moe nemotron_h qwen3_5_moe_text qwen3_5_text".split()
+)
+"""Model types that keep `n_rs_seq` further states; others ignore it (`llama-arch.cpp`)."""
+
+UNFILTERED = frozenset({"nemotron-nas"})
+"""Model types whose layers without attention get an empty K, and a V where V is transposed."""
+
+MTP_KEPT = frozenset({"bailing_hybrid"})
+"""Hybrid model types whose prediction layers no filter leaves out of the main context."""
+
+LLAMA4_CHUNK = 8192
+"""What `src/models/llama4.cpp` takes whatever the file says."""
+
+EXAONE4_WITH_WINDOWS = 64
+"""The depth at which `src/models/exaone4.cpp` has windows."""
 
 
 def source() -> str:
@@ -76,10 +120,17 @@ def refuse(architecture: Architecture, *, tp: int, pp: int) -> None:
         msg = "llama.cpp splits layers over devices without changing what all of them hold: leave "
         msg += "--tp and --pp out"
         raise UnsupportedError(msg)
-    if architecture.model_type in UNKNOWN:
+    if architecture.model_type not in SUPPORTED:
         msg = (
-            f"llama.cpp keeps {architecture.model_type} in a cache class of its own that is not "
-            "covered; use --engine model"
+            f"llama.cpp (llama-cpp-python 0.3.36) does not run model_type "
+            f"{shown(architecture.model_type)}, or keeps it in a way that is not covered; use "
+            "--engine model"
+        )
+        raise UnsupportedError(msg)
+    if architecture.model_type in MTP_KEPT and architecture.prediction.declared:
+        msg = (
+            f"llama.cpp keeps K of {architecture.model_type}'s prediction layers, too, unless its "
+            "file was converted without; deciding field: num_nextn_predict_layers"
         )
         raise UnsupportedError(msg)
 
@@ -108,29 +159,41 @@ class Context:
     n_ubatch: int
     unified: bool
 
+    def sequences(self, batch: int) -> int:
+        """How many there may be."""
+        return self.n_seq_max or batch
+
     def streams(self, tokens: int, batch: int) -> tuple[int, int]:
         """Streams, and cells of each."""
-        sequences = self.n_seq_max or batch
+        sequences = self.sequences(batch)
         n_ctx = _padded(self.n_ctx or tokens * sequences)
         streams = 1 if self.unified else sequences
         return streams, _padded(n_ctx // streams)
 
     def check(self, tokens: int, batch: int) -> None:
-        """Raise InputError where a context of the user's is too short."""
+        """Raise InputError for a context of the user's that is too short, or of too many
+        sequences.
+        """
+        sequences = self.sequences(batch)
+        if sequences > MAX_SEQUENCES:
+            msg = (
+                f"llama.cpp takes at most {MAX_SEQUENCES} sequences (n_seq_max), not {sequences:,}"
+            )
+            raise InputError(msg)
         streams, cells = self.streams(tokens, batch)
         needed = tokens * batch if self.unified else tokens
-        if cells < needed or (self.n_seq_max or batch) < batch:
+        if cells < needed or sequences < batch:
             msg = (
-                f"llama.cpp: {streams} × {cells:,} cells do not hold {batch} × {tokens:,} tokens; "
-                "leave n_ctx and n_seq_max out or make them larger"
+                f"llama.cpp: {streams} × {cells:,} cells for {sequences} sequences do not hold "
+                f"{batch} × {tokens:,} tokens; leave n_ctx and n_seq_max out or make them larger"
             )
             raise InputError(msg)
 
     def window_cells(self, tokens: int, batch: int, window: int) -> int:
         """Cells of a stream of a window layer."""
         _, cells = self.streams(tokens, batch)
-        sequences = (self.n_seq_max or batch) if self.unified else 1
-        return _padded(min(cells, window * sequences + self.n_ubatch))
+        windows = self.sequences(batch) if self.unified else 1
+        return _padded(min(cells, window * windows + self.n_ubatch))
 
 
 def _padded(cells: int) -> int:
@@ -139,11 +202,11 @@ def _padded(cells: int) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellsLayer(PlainLayer):
-    """Rows of K and V for each cell; `window` is None where all are kept, and `value_dim` what V is
-    padded to.
+    """A row of `key_width` values of K and one of `value_width` of V for each cell; `window` is
+    None where all cells are kept.
     """
 
-    layer: HeadsLayer | LatentAttention | IndexKeys
+    layer: HeadsLayer | LatentAttention | IndexKeys | NoCache
     context: Context
     window: int | None
     key_width: int
@@ -223,49 +286,121 @@ class StatesOfSequences(PlainLayer):
 
 def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer, ...]:
     """Cells and states. Raises UnsupportedError for layers that llama.cpp keeps in no such way, and
-    for a quantised V without flash attention.
+    for a format that it cannot keep them in.
     """
     options = plan.options if plan else {name: option.default for name, option in OPTIONS.items()}
     types = {name: _type(options[name]) for name in ("type_k", "type_v")}
-    stored_v = types["type_v"] or (plan.dtype if plan else None)
-    if not options["flash_attn"] and stored_v and stored_v.block_elements > 1:
-        msg = f"llama.cpp keeps V in {stored_v.name} with flash attention only"
-        raise UnsupportedError(msg)
-    context = Context(
-        n_ctx=options["n_ctx"],
-        n_seq_max=options["n_seq_max"],
-        n_ubatch=options["n_ubatch"],
-        unified=options["kv_unified"],
-    )
+    context = _context(architecture, options)
     if plan:
         context.check(plan.tokens, plan.batch)
-    layers = architecture.layers
-    if not options["mla"]:
-        layers = tuple(layer.each(_expanded) for layer in layers)
-    widest_v = max((_widths(part)[1] for layer in layers for part in layer.parts()), default=0)
-    windowed = architecture.model_type in WINDOWED and not options["swa_full"]
+    layers = _in_latents(architecture, latents=options["mla"])
+    parts = [part for layer in layers for part in layer.parts()]
+    if plan:
+        stored = tuple(kind or plan.dtype for kind in types.values())
+        _check_blocks(parts, *stored, flash=options["flash_attn"])
+    widest_v = max((_widths(part)[1] for part in parts), default=0)
+    windowed = _has_windows(architecture) and not options["swa_full"]
+    rollback = options["n_rs_seq"] if architecture.model_type in WITH_ROLLBACK else 0
 
     def change(part: Layer) -> Layer:
-        if isinstance(part, NoCache):
-            return part
         if isinstance(part, StateLayer):
-            return StatesOfSequences(
-                layer=part, rows=1 + options["n_rs_seq"], n_seq_max=options["n_seq_max"]
-            )
-        if not isinstance(part, HeadsLayer | LatentAttention | IndexKeys):
+            return StatesOfSequences(layer=part, rows=1 + rollback, n_seq_max=options["n_seq_max"])
+        transposed = not options["flash_attn"] and not isinstance(part, IndexKeys | LatentAttention)
+        if isinstance(part, NoCache) and not (transposed and architecture.model_type in UNFILTERED):
+            return part
+        if not isinstance(part, HeadsLayer | LatentAttention | IndexKeys | NoCache) or isinstance(
+            part, CrossAttention
+        ):
             msg = f"llama.cpp is not covered for layers of kind {part.kind}; use --engine model"
             raise UnsupportedError(msg)
         key_width, value_width = _widths(part)
+        window = part.window if windowed and isinstance(part, Windowed) else None
         return CellsLayer(
             layer=part,
             context=context,
-            window=part.window if windowed and isinstance(part, Windowed) else None,
+            window=window and _window(architecture, window),
             key_width=key_width,
-            value_width=value_width if options["flash_attn"] or not value_width else widest_v,
+            value_width=widest_v if transposed else value_width,
             **types,
         )
 
     return tuple(layer.each(change) for layer in layers)
+
+
+def _context(architecture: Architecture, options: Mapping[str, Any]) -> Context:
+    n_ctx = options["n_ctx"]
+    if n_ctx == 0:
+        n_ctx = architecture.max_tokens
+        if not n_ctx:
+            msg = "n_ctx 0 is the model's own maximum, which its config does not name; give n_ctx"
+            raise InputError(msg)
+    n_batch = options["n_batch"]
+    n_ubatch = min(n_batch, options["n_ubatch"] or n_batch)
+    if not n_ubatch:
+        msg = "n_batch must be at least 1, not 0"
+        raise InputError(msg)
+    return Context(
+        n_ctx=n_ctx,
+        n_seq_max=options["n_seq_max"],
+        n_ubatch=n_ubatch,
+        unified=options["kv_unified"],
+    )
+
+
+def _in_latents(architecture: Architecture, *, latents: bool) -> tuple[Layer, ...]:
+    """The layers with their latents as such, or expanded where the file does."""
+    model_type = architecture.model_type
+    if latents and model_type not in EXPANDED:
+        return architecture.layers
+    if not latents and model_type not in ONCE_EXPANDED | EXPANDED:
+        msg = (
+            f"option mla false is for files of {', '.join(sorted(ONCE_EXPANDED))}, not {model_type}"
+        )
+        raise UnsupportedError(msg)
+    return tuple(layer.each(_expanded) for layer in architecture.layers)
+
+
+def _has_windows(architecture: Architecture) -> bool:
+    if architecture.model_type in ("exaone4", "exaone4_5_text"):
+        return len(architecture.layers) == EXAONE4_WITH_WINDOWS
+    return architecture.model_type in WINDOWED
+
+
+def _window(architecture: Architecture, window: int) -> int:
+    """The window that the architecture's code takes."""
+    if architecture.model_type == "llama4_text":
+        return LLAMA4_CHUNK
+    if architecture.model_type == "mimo_v2_flash" and any(
+        field.key == "sliding_window_size" for field in architecture.fields
+    ):
+        return window - 1  # the field counts the tokens before the query, and is taken as it is
+    return window
+
+
+def _check_blocks(
+    parts: Sequence[Layer], type_k: StorageFormat, type_v: StorageFormat, *, flash: bool
+) -> None:
+    """Raise UnsupportedError for what `llama_init_from_model` refuses: latents of two types, a
+    quantised V without flash attention, heads that are not whole blocks with it.
+    """
+    if type_k != type_v and any(isinstance(part, LatentAttention) for part in parts):
+        msg = (
+            f"llama.cpp takes one type for a model with latents, not {type_k.name} for K and "
+            f"{type_v.name} for V; give type_k and type_v alike"
+        )
+        raise UnsupportedError(msg)
+    if not flash and type_v.block_elements > 1:
+        msg = f"llama.cpp keeps V in {type_v.name} with flash attention only"
+        raise UnsupportedError(msg)
+    heads = [part for part in parts if flash and isinstance(part, HeadsLayer)]
+    for part in heads:
+        for name, dim, kept in (("K", part.key_dim, type_k), ("V", part.value_dim, type_v)):
+            if dim % kept.block_elements:
+                msg = (
+                    f"llama.cpp keeps no {name} heads of {dim} in {kept.name} (blocks of "
+                    f"{kept.block_elements}); choose another type_{name.lower()}"
+                )
+                raise UnsupportedError(msg)
 
 
 def _type(name: str | None) -> StorageFormat | None:
@@ -281,12 +416,12 @@ def _expanded(part: Layer) -> Layer:
 
 
 def _widths(part: Layer) -> tuple[int, int]:
-    """Values of a row of K and of V: a latent with its rotary key is K alone, so is an index key."""
+    """Values of a row of K and of V: latents with their rotary key and index keys are K alone."""
     if isinstance(part, IndexKeys):
         return part.dim, 0
     if isinstance(part, LatentAttention):
         return part.latent_dim + part.rope_dim, 0
-    if isinstance(part, FullAttention | HeadsLayer):
+    if isinstance(part, HeadsLayer):
         return part.kv_heads * part.key_dim, part.kv_heads * (part.value_dim or part.key_dim)
     return 0, 0
 

@@ -1,4 +1,4 @@
-"""Configs on this machine: a config.json, a model folder, the local Hugging Face cache."""
+"""Configs on this machine: config.json, model folder, GGUF file, the local Hugging Face cache."""
 
 import json
 import os
@@ -14,12 +14,15 @@ from kvcalc.units import shown
 MAX_CONFIG_BYTES = 16 * 2**20
 """Largest config.json read; published ones stay below 1 MB."""
 
+SUFFIXES = (".json", ".safetensors", ".gguf")
+"""How names end that can only be meant as files."""
+
 _REPOSITORY_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
 
 
 def existing_path(model: str) -> Path | None:
     """The path that `model` names, when it exists or can only be meant as one."""
-    looks_like_path = model.startswith((".", "/", "~")) or model.endswith((".json", ".safetensors"))
+    looks_like_path = model.startswith((".", "/", "~")) or model.endswith(SUFFIXES)
     if not model:
         return None
     try:
@@ -31,8 +34,8 @@ def existing_path(model: str) -> Path | None:
         return path
     if looks_like_path:
         msg = (
-            f"no file or folder {shown(model, most=120)}; give a config.json, a model folder or a "
-            "model id"
+            f"no file or folder {shown(model, most=120)}; give a config.json, a model folder, a "
+            "GGUF file or a model id"
         )
         raise ModelNotFoundError(msg)
     return None
@@ -45,13 +48,35 @@ def is_repository_id(model: str) -> bool:
 
 def read(requested: str, path: Path, *, kind: str = "file") -> tuple[Mapping[str, Any], Origin]:
     """Read the config that `path` stands for: itself, or the config.json of its folder."""
+    config: Mapping[str, Any]
     config_path = _config_path(path)
-    return read_config(config_path), Origin(
+    notes: tuple[str, ...] = ()
+    if _is_gguf(config_path):
+        from kvcalc.sources import gguf_config
+
+        config, notes = gguf_config.read(config_path)
+    else:
+        config = read_config(config_path)
+    return config, Origin(
         requested=requested,
         resolved=requested,
         kind=kind,
         detail=str(config_path),
+        notes=notes,
     )
+
+
+def _is_gguf(path: Path) -> bool:
+    """By its name, or by its first bytes: Ollama's files have no suffix."""
+    if path.suffix == ".gguf":
+        return True
+    try:
+        if not path.is_file():
+            return False  # a pipe can be read only once
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def read_config(path: Path) -> Mapping[str, Any]:

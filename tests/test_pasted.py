@@ -45,7 +45,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize(("command", "said"), COMMANDS.items())
 def test_a_command_says_what_it_says(command, said):
-    """Model, size, options and budget are told apart; what does not concern the cache is dropped."""
+    """Model, size, options and budget are told apart; what does not concern the cache goes."""
     assert read_command(command) == said
 
 

@@ -23,6 +23,13 @@ TABLE_SCHEMA = "kvcalc.size-table/1"
 _LENGTHS = (4096, 32_768, 131_072)
 
 
+class Model(NamedTuple):
+    """A model that has been read; every verb takes it in place of a name, and reads nothing."""
+
+    architecture: Architecture
+    origin: Origin
+
+
 class SizeTable(NamedTuple):
     """Reports of several points, and the models that could not be sized with the reason."""
 
@@ -89,7 +96,7 @@ def size(
 
 
 def fit(
-    model: str | PathLike[str] | Mapping[str, Any],
+    model: str | PathLike[str] | Mapping[str, Any] | Model,
     *,
     kv_memory: int | str,
     seq: int | str | None = None,
@@ -189,9 +196,11 @@ def size_point(
 
 
 def read_model(
-    model: str | PathLike[str] | Mapping[str, Any], *, revision: str | None = None
-) -> tuple[Architecture, Origin]:
+    model: str | PathLike[str] | Mapping[str, Any] | Model, *, revision: str | None = None
+) -> Model:
     """Find a model's config and read it into an Architecture."""
+    if isinstance(model, Model):
+        return model
     if isinstance(model, PathLike):
         model = fspath(model)
     if hasattr(model, "to_dict"):  # a transformers configuration
@@ -200,7 +209,7 @@ def read_model(
         msg = f"model must be a name, a path or a config, not {shown(model)}"
         raise InputError(msg)
     config, origin = sources.resolve(model, revision=revision)
-    return describe(config), origin
+    return Model(describe(config), origin)
 
 
 def size_table(

@@ -197,6 +197,41 @@ def fit(
     raise typer.Exit(0 if report.fits else EXIT_FAILED)
 
 
+def check(
+    files: Annotated[
+        list[Path] | None, typer.Argument(metavar="FILE...", help="YAML; see --init.")
+    ] = None,
+    baseline: Annotated[
+        Path | None, typer.Option(help="JSON of an earlier run: show what changed.")
+    ] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write a JUnit report here.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the JSON here, whatever is shown.")] = None,
+    init: Annotated[
+        bool, typer.Option("--init", help="Write a file to start from: FILE or kvcalc.yaml.")
+    ] = False,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print a JSON Schema of FILE, for editors.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Hold deployments to what is required of them, in CI or before a commit."""
+    from kvcalc import checking
+    from kvcalc.render import checked, data
+
+    if init:
+        for file in files or [Path(checking.STARTER)]:
+            checking.write_starter(file)
+    elif schema:
+        data.write_json(checking.json_schema())
+    elif not files:
+        msg = f"give a FILE of deployments; kvcalc check --init writes {checking.STARTER}"
+        raise InputError(msg)
+    else:
+        report = checking.check(files, baseline=baseline)
+        checked.publish(report, json=json, junit=junit, out=out)
+        raise typer.Exit(report.exit_code)
+
+
 def models(
     words: Annotated[
         list[str] | None,
@@ -360,6 +395,7 @@ def profile(
 COMMANDS: dict[str, Callable[..., None]] = {
     "size": size,
     "fit": fit,
+    "check": check,
     "profile": profile,
     "models": models,
     "gpus": gpus,

@@ -14,7 +14,7 @@ import test_conformance
 import zoo
 
 import kvcalc
-from kvcalc import api, cli, hardware
+from kvcalc import api, checking, cli, hardware
 from kvcalc.data import profiles_folder
 from kvcalc.strategies import load_strategy, strategy_names
 
@@ -53,14 +53,16 @@ def test_sizing_loads_nothing_heavy(model, tmp_path):
 RANKS = (
     ("errors",),
     ("units", "data"),
-    ("dtypes", "origin", "pasted"),
+    ("dtypes", "origin", "pasted", "strict_yaml"),
     ("layers", "config"),
     ("families", "strategies"),
     ("engines", "hardware"),
+    ("weights",),
     ("sizing",),
     ("fitting",),
     ("sources",),
     ("api",),
+    ("checking",),
     ("__init__",),
     ("measure",),
     ("render",),
@@ -124,7 +126,9 @@ def test_every_strategy_has_promise_and_proof():
 
 
 def test_every_profile_file_is_read():
-    """Every shipped file parses: JSON, JSON lines, the YAML of GPUs, and no other kind."""
+    """Every shipped file parses: JSON, JSON lines, the YAML of GPUs and checks, and no other
+    kind.
+    """
     for path in profiles_folder().rglob("*"):
         if path.suffix == ".json":
             json.loads(path.read_text("utf-8"))
@@ -133,6 +137,8 @@ def test_every_profile_file_is_read():
                 json.loads(line)
         elif path.suffix == ".yaml" and path.parent == profiles_folder() / "gpus":
             hardware.read_gpu(path)
+        elif path.suffix == ".yaml" and path.parent == profiles_folder() / "checks":
+            checking.read_checks(path)
         else:
             assert path.is_dir() or path.name == "README.md", path
 

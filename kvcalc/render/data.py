@@ -28,9 +28,14 @@ _CSV_COLUMNS = (
 )
 
 
+def json_text(data: dict[str, Any]) -> str:
+    """One JSON object and a newline."""
+    return json.dumps(data, indent=2) + "\n"
+
+
 def write_json(data: dict[str, Any]) -> None:
     """One JSON object and a newline."""
-    sys.stdout.write(json.dumps(data, indent=2) + "\n")
+    sys.stdout.write(json_text(data))
 
 
 def write_csv(reports: Sequence[SizeReport]) -> None:

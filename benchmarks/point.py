@@ -30,7 +30,7 @@ def main() -> None:
     print(f"{'model':<44} {'point':>8} {'json':>8} {'ratio':>7}")
     for name in MODELS:
         entry = catalogue.find(name)
-        architecture, origin = api.read_model(name)
+        architecture, origin, _ = api.read_model(name)
         text = json.dumps(dict(entry.config)) if entry else "{}"
 
         def point(architecture: Architecture = architecture, origin: Origin = origin) -> None:

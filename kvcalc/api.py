@@ -4,9 +4,11 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from itertools import product
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvcalc import sources
+from kvcalc.budget import BudgetLine, gpu_budget
 from kvcalc.engines import engine_names
 from kvcalc.errors import InputError, KvcalcError, UnsupportedError
 from kvcalc.families import Architecture, describe
@@ -28,6 +30,7 @@ class Model(NamedTuple):
 
     architecture: Architecture
     origin: Origin
+    config: Mapping[str, Any]
 
 
 class SizeTable(NamedTuple):
@@ -77,7 +80,7 @@ def size(
     Raises a KvcalcError: InputError and its children for what cannot be read, UnsupportedError
     where no exact size is known.
     """
-    architecture, origin = read_model(model)
+    architecture, origin, _ = read_model(model)
     return size_point(
         architecture,
         origin,
@@ -98,7 +101,10 @@ def size(
 def fit(
     model: str | PathLike[str] | Mapping[str, Any] | Model,
     *,
-    kv_memory: int | str,
+    kv_memory: int | str | None = None,
+    gpu: str | None = None,
+    share: float | str | None = None,
+    reserve: int | str | None = None,
     seq: int | str | None = None,
     concurrency: int = 1,
     engine: str = "vllm",
@@ -106,24 +112,52 @@ def fit(
     tp: int = 1,
     pp: int = 1,
     options: Mapping[str, Any] | None = None,
-    kv_memory_origin: str = "asked for",
     revision: str | None = None,
 ) -> FitReport:
     """What an engine holds in the memory that each rank has for its cache.
 
-    `model` and the engine's parameters are those of `size`; `kv_memory` is in bytes (`"20GiB"`),
-    as vLLM prints it ("Available KV cache memory"). Without `seq` the model's own maximum is meant.
+    `model` and the engine's parameters are those of `size`. The memory is `kv_memory` in bytes
+    (`"20GiB"`), as vLLM prints it ("Available KV cache memory"), or what is left of each `gpu` (an
+    id of `kvcalc gpus`, or a file): the engine's `share` of it, less the weights and a `reserve`
+    for activations, context and graphs. Without `seq` the model's own maximum is meant.
     Raises what `size` raises.
     """
-    architecture, origin = read_model(model, revision=revision)
+    architecture, origin, config = read_model(model, revision=revision)
     if seq is None and not architecture.max_tokens:
         msg = f"{origin.requested} does not say its longest sequence; give --seq"
         raise InputError(msg)
+    weights_bytes = None
+    if kv_memory is not None:
+        if gpu is not None:
+            msg = "--kv-memory says how much there is: leave --gpu out"
+            raise InputError(msg)
+        given = parse_bytes(kv_memory, name="--kv-memory")
+        lines: tuple[BudgetLine, ...] = (BudgetLine("KV cache", given, "asked for", ""),)
+    elif gpu is None or reserve is None:
+        msg = (
+            "give --kv-memory, as the engine prints it, or --gpu and --reserve, what activations, "
+            "context and graphs take"
+        )
+        raise InputError(msg)
+    else:
+        from kvcalc.hardware import load_gpu, read_gpu
+        from kvcalc.weights import weights_of
+
+        weights = weights_of(config, complete=origin.completeness == "verbatim")
+        weights_bytes = weights.num_bytes
+        lines = gpu_budget(
+            read_gpu(Path(gpu)) if gpu.endswith((".yaml", ".yml")) else load_gpu(gpu),
+            weights,
+            engine=engine,
+            ranks=tp * pp,
+            share=None if share is None else str(share),
+            reserve_bytes=parse_bytes(reserve, name="--reserve"),
+        )
     return fit_architecture(
         architecture,
         origin=origin,
-        available_bytes=parse_bytes(kv_memory, name="--kv-memory"),
-        available_origin=kv_memory_origin,
+        budget=lines,
+        weights_bytes=weights_bytes,
         seq_tokens=parse_tokens(seq) if seq is not None else architecture.max_tokens,
         concurrency=concurrency,
         engine=engine,
@@ -134,34 +168,26 @@ def fit(
     )
 
 
-def fit_command(command: str, *, kv_memory: str | None, **given: Any) -> FitReport:  # noqa: ANN401
-    """What the server of a pasted command line holds; `given` beside it goes before what it says.
-
-    Raises InputError where nothing says how much memory its cache has.
+def fit_command(command: str, **given: Any) -> FitReport:  # noqa: ANN401
+    """What the server of a pasted command line holds; what is `given` beside it goes before what it
+    says. Both are parameters of `fit`.
     """
     pasted = read_command(command)
-    memory = kv_memory or pasted.budget.get("kv_cache_memory_bytes")
-    if memory is None:
-        shares = ", ".join(pasted.budget) or "its default share"
-        msg = (
-            f"the command's cache gets what {shares} leaves of a GPU, which kvcalc does not work "
-            "out yet: give --kv-memory, as the engine prints it"
-        )
-        raise InputError(msg)
-    point: dict[str, Any] = dict(pasted.point)
+    said: dict[str, Any] = {"engine": pasted.engine, **pasted.point}
     for name in ("tp", "pp"):
-        if name in point:
-            point[name] = parse_tokens(point[name], name=f"--{name}")
-    if "batch" in point:
-        point["concurrency"] = parse_tokens(point.pop("batch"), name="--concurrency")
+        if name in said:
+            said[name] = parse_tokens(said[name], name=f"--{name}")
+    if "batch" in said:
+        said["concurrency"] = parse_tokens(said.pop("batch"), name="--concurrency")
+    memory = pasted.budget.get("kv_cache_memory_bytes")
+    if given.get("gpu") is None and memory is not None:
+        said["kv_memory"] = memory
+    for name in ("gpu_memory_utilization", "mem_fraction_static", "free_gpu_memory_fraction"):
+        if name in pasted.budget:
+            said["share"] = pasted.budget[name]
     options = {**pasted.options, **(given.pop("options", None) or {})}
-    return fit(
-        pasted.model,
-        engine=pasted.engine,
-        kv_memory=memory,
-        options=options,
-        **{**point, **{name: value for name, value in given.items() if value is not None}},
-    )
+    said |= {name: value for name, value in given.items() if value is not None}
+    return fit(pasted.model, options=options, **said)
 
 
 def size_point(
@@ -209,7 +235,7 @@ def read_model(
         msg = f"model must be a name, a path or a config, not {shown(model)}"
         raise InputError(msg)
     config, origin = sources.resolve(model, revision=revision)
-    return Model(describe(config), origin)
+    return Model(describe(config), origin, config)
 
 
 def size_table(
@@ -230,7 +256,7 @@ def size_table(
     errors: list[tuple[str, KvcalcError]] = []
     for model in models:
         try:
-            architecture, origin = read_model(model, revision=revision)
+            architecture, origin, _ = read_model(model, revision=revision)
         except KvcalcError as error:
             errors.append((model, error))
             continue

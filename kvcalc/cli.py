@@ -146,6 +146,15 @@ def fit(
     kv_memory: Annotated[
         str | None, typer.Option(help="Memory of each rank for its cache: 20GiB, 6.22GiB.")
     ] = None,
+    gpu: Annotated[
+        str | None, typer.Option(help="Or of what is left of a GPU: an id, or its YAML.")
+    ] = None,
+    share: Annotated[
+        str | None, typer.Option(help="The engine's share of it (vLLM: utilisation).")
+    ] = None,
+    reserve: Annotated[
+        str | None, typer.Option(help="What activations and graphs take of it: 3GiB.")
+    ] = None,
     seq: Annotated[
         str | None, typer.Option(help="Tokens of a request; else the model's maximum.")
     ] = None,
@@ -167,6 +176,10 @@ def fit(
     from kvcalc import api
 
     given: dict[str, Any] = {
+        "kv_memory": kv_memory,
+        "gpu": gpu,
+        "share": share,
+        "reserve": reserve,
         "seq": seq,
         "concurrency": concurrency,
         "kv_dtype": kv_dtype,
@@ -179,13 +192,13 @@ def fit(
         msg = "--from names model and engine: leave MODEL and --engine out"
         raise InputError(msg)
     if command is not None:
-        report = api.fit_command(command, kv_memory=kv_memory, **given)
-    elif model is None or kv_memory is None:
-        msg = "give MODEL and --kv-memory, or a server's command line with --from"
+        report = api.fit_command(command, **given)
+    elif model is None:
+        msg = "give MODEL, or a server's command line with --from"
         raise InputError(msg)
     else:
         given = {name: value for name, value in given.items() if value is not None}
-        report = api.fit(model, kv_memory=kv_memory, engine=engine or "vllm", **given)
+        report = api.fit(model, engine=engine or "vllm", **given)
     if json:
         from kvcalc.render import data
 
@@ -205,7 +218,9 @@ def check(
         Path | None, typer.Option(help="JSON of an earlier run: show what changed.")
     ] = None,
     junit: Annotated[Path | None, typer.Option(help="Write a JUnit report here.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write the JSON here, whatever is shown.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the JSON here, whatever is shown.")
+    ] = None,
     init: Annotated[
         bool, typer.Option("--init", help="Write a file to start from: FILE or kvcalc.yaml.")
     ] = False,

@@ -1,13 +1,13 @@
 """What fits into the memory that an engine has for its cache: requests, tokens, and the headroom.
 
 Bytes are those of `kvcalc.sizing`; the largest that fits is found by bisection, since more tokens
-or requests never take less. How much memory a GPU leaves for the cache is not said here: the engine
-prints it, or the user knows.
+or requests never take less. How much memory there is, is worked out in `kvcalc.budget`, or known.
 """
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from kvcalc.budget import BudgetLine, available
 from kvcalc.dtypes import storage_format
 from kvcalc.engines import Plan, load_engine, read_options
 from kvcalc.errors import InputError
@@ -26,12 +26,15 @@ class FitReport(NamedTuple):
       them, negative where they do not fit;
     - `max_concurrency`: most requests of `seq_tokens` at once; `max_tokens`: the longest sequence
       for each of `concurrency` requests (0 where none fits);
-    - `printed`: what the engine itself says of such a pool, by its own names.
+    - `printed`: what the engine itself says of such a pool, by its own names;
+    - `budget`: the terms that `available_bytes` is the sum of, and `weights_bytes` the model's
+      weights on all ranks, None where they are not among them.
     """
 
     size: SizeReport
     available_bytes: int
-    available_origin: str
+    budget: tuple[BudgetLine, ...]
+    weights_bytes: int | None
     concurrency: int
     needed_bytes: int
     max_concurrency: int
@@ -60,10 +63,9 @@ class FitReport(NamedTuple):
             "pp": self.size.pp,
             "seq_tokens": self.size.seq_tokens,
             "concurrency": self.concurrency,
-            "budget": {
-                "kv_cache_bytes_per_rank": self.available_bytes,
-                "origin": self.available_origin,
-            },
+            "kv_cache_bytes_per_rank": self.available_bytes,
+            "budget": [line._asdict() for line in self.budget],
+            "weights_bytes": self.weights_bytes,
             "fits": self.fits,
             "needed_bytes": self.needed_bytes,
             "headroom_bytes": self.headroom_bytes,
@@ -77,8 +79,7 @@ def fit_architecture(
     architecture: Architecture,
     *,
     origin: Origin,
-    available_bytes: int,
-    available_origin: str,
+    budget: tuple[BudgetLine, ...],
     seq_tokens: int,
     concurrency: int = 1,
     engine: str = "vllm",
@@ -86,13 +87,15 @@ def fit_architecture(
     tp: int = 1,
     pp: int = 1,
     options: Mapping[str, Any] | None = None,
+    weights_bytes: int | None = None,
 ) -> FitReport:
-    """What `available_bytes` of each rank hold.
+    """What the memory that the `budget` leaves each rank holds.
 
     Raises InputError for a value out of range and UnsupportedError where the engine has no exact
     size for the model.
     """
     check_count(concurrency, name="concurrency", most=MAX_BATCH)
+    available_bytes = available(budget)
 
     def size(tokens: int, batch: int) -> SizeReport:
         return size_architecture(
@@ -124,24 +127,41 @@ def fit_architecture(
         read_options(engine, runtime.OPTIONS, options or {}),
     )
     room = getattr(runtime, "room", None)
+    growth = available_bytes / max(report.bytes_per_rank, 1)
     return FitReport(
         size=report,
         available_bytes=available_bytes,
-        available_origin=available_origin,
+        budget=budget,
+        weights_bytes=weights_bytes,
         concurrency=concurrency,
         needed_bytes=report.bytes_per_rank,
-        max_concurrency=_largest(lambda batch: fits(seq_tokens, batch), MAX_BATCH),
-        max_tokens=_largest(lambda tokens: fits(tokens, concurrency), MAX_TOKENS),
+        max_concurrency=_largest(
+            lambda batch: fits(seq_tokens, batch), MAX_BATCH, guess=round(concurrency * growth)
+        ),
+        max_tokens=_largest(
+            lambda tokens: fits(tokens, concurrency), MAX_TOKENS, guess=round(seq_tokens * growth)
+        ),
         printed=room(architecture, plan, available_bytes) if room else {},
     )
 
 
-def _largest(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number up to `most` for which `holds` is true; it is for all below. 0 if none."""
-    low, high = 0, 1
-    while high <= most and holds(high):
-        low, high = high, high * 2
-    high = min(high, most + 1)
+def _largest(holds: Callable[[int], bool], most: int, *, guess: int) -> int:
+    """The largest number up to `most` for which `holds` is true; it is for all below. 0 if none.
+
+    Looked for around a guess, farther and farther away, and then by bisection.
+    """
+    low, high, step = 0, most + 1, 1
+    here = min(max(guess, 1), most)
+    if holds(here):
+        low = here
+        while low + step < high and holds(low + step):
+            low, step = low + step, step * 2
+        high = min(high, low + step)
+    else:
+        high = here
+        while high - step > low and not holds(high - step):
+            high, step = high - step, step * 2
+        low = max(low, high - step)
     while high - low > 1:
         middle = (low + high) // 2
         if holds(middle):

@@ -58,6 +58,7 @@ RANKS = (
     ("families", "strategies"),
     ("engines", "hardware"),
     ("weights",),
+    ("budget",),
     ("sizing",),
     ("fitting",),
     ("sources",),

@@ -76,7 +76,7 @@ PRINTED = {
 
 def rank_sizes(model, tp, kv_dtype, options, *, tokens=1, batch=1):
     """Bytes of one rank by what a server calls them."""
-    architecture, _ = read_model(model)
+    architecture, *_ = read_model(model)
     name = sglang.auto_dtype(architecture).value if kv_dtype == "auto" else kv_dtype
     dtype = storage_format(name)
     sglang.check_dtype(dtype)

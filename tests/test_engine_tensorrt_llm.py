@@ -132,7 +132,7 @@ def test_ranks_cover_the_total(model, tokens, tp):
 @settings(max_examples=60, deadline=None)
 def test_capacity_rounds_tokens_up_to_blocks(model, budget, tp, kv_dtype):
     """The last block may be beyond the budget, the one before it is not."""
-    architecture, _ = read_model(model)
+    architecture, *_ = read_model(model)
     options = read_options("tensorrt-llm", tensorrt_llm.OPTIONS, {})
     setting = {"dtype": storage_format(kv_dtype), "tp": tp, "options": options}
     each = tensorrt_llm.token_bytes(architecture, **setting)
@@ -145,7 +145,7 @@ def test_capacity_rounds_tokens_up_to_blocks(model, budget, tp, kv_dtype):
 
 def test_capacity_is_what_a_server_printed():
     """tensorrt-llm-017's tokens come back from its bytes, and the smaller of two limits wins."""
-    architecture, _ = read_model("HuggingFaceTB/SmolLM2-135M-Instruct")
+    architecture, *_ = read_model("HuggingFaceTB/SmolLM2-135M-Instruct")
     setting = {"dtype": FORMATS["bf16"], "tp": 1}
 
     def tokens(**given_options):
@@ -218,7 +218,7 @@ def test_refuses(model, point, error, told):
 
 def test_a_plan_is_not_needed():
     """Without one the defaults hold."""
-    architecture, _ = read_model(MODELS[0])
+    architecture, *_ = read_model(MODELS[0])
     alone = tensorrt_llm.lay_out(architecture)
     options = read_options("tensorrt-llm", tensorrt_llm.OPTIONS, {})
     assert alone == tensorrt_llm.lay_out(architecture, Plan(10, 1, FORMATS["bf16"], 1, 1, options))

@@ -152,7 +152,7 @@ NOT_REPRODUCED = {
 
 def pool(model, length, *, dtype="bf16", tp=1, pp=1, **options):
     """The blocks of a rank."""
-    architecture, _ = read_model(model)
+    architecture, *_ = read_model(model)
     read = read_options("vllm", vllm.OPTIONS, {"max_model_len": length, **options})
     plan = Plan(length, 1, storage_format(dtype), tp, pp, read)
     return vllm.pool(architecture, plan)
@@ -312,7 +312,7 @@ def test_a_block_is_never_used():
 
 def test_room_is_what_is_printed():
     """vllm-018, by the names of vLLM's cache config."""
-    architecture, _ = read_model("Qwen/Qwen3-14B")
+    architecture, *_ = read_model("Qwen/Qwen3-14B")
     plan = Plan(32768, 1, storage_format("bf16"), 1, 1, read_options("vllm", vllm.OPTIONS, {}))
     assert vllm.room(architecture, plan, 42656 * 163840 + 99) == {
         "num_gpu_blocks": 2666,

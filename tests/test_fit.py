@@ -17,10 +17,18 @@ MODEL = "meta-llama/Llama-3-8B"
 COMMAND = "vllm serve meta-llama/Llama-3-8B --max-model-len 8192 --port 80"
 
 
-@given(st.integers(0, 2**40), st.integers(1, 2**40))
-def test_the_largest_that_holds_is_found(limit, most):
-    """Bisection finds the last number that holds, or the most there may be."""
-    assert _largest(lambda number: number <= limit, most) == min(limit, most)
+@given(st.integers(0, 2**40), st.integers(1, 2**40), st.integers(-1, 2**41))
+def test_the_largest_that_holds_is_found(limit, most, guess):
+    """The last number that holds is found, or the most there may be, whatever the guess."""
+    asked = []
+
+    def holds(number):
+        asked.append(number)
+        return number <= limit
+
+    assert _largest(holds, most, guess=guess) == min(limit, most)
+    assert all(1 <= number <= most for number in asked)
+    assert len(asked) <= 90
 
 
 @pytest.mark.parametrize("engine", engine_names())
@@ -67,10 +75,65 @@ def test_a_command_line_is_a_deployment(capsys):
     assert json.loads(capsys.readouterr().out)["max_concurrency"] == 20
 
 
+WEIGHTS = 2 * 8_030_261_248
+"""Bytes of Llama-3-8B in bf16, by the published count of its parameters."""
+
+H100 = 85_520_809_984
+"""What the driver of an H100 SXM reports."""
+
+
+@pytest.mark.parametrize(
+    ("engine", "share", "expected"),
+    [
+        ("vllm", None, -(-H100 * 92 // 100) - WEIGHTS - 3 * GIB),
+        ("vllm", "0.5", H100 // 2 - WEIGHTS - 3 * GIB),
+        ("sglang", 0.8, -(-H100 * 8 // 10) - WEIGHTS - 3 * GIB),
+        ("tensorrt-llm", None, (H100 - WEIGHTS - 3 * GIB) * 9 // 10),
+        ("llama.cpp", None, H100 - WEIGHTS - 3 * GIB),
+    ],
+)
+def test_a_gpu_leaves_what_the_engine_does_not_take(engine, share, expected):
+    """The share of the engine, of all memory or of what weights leave, is added up line by line."""
+    report = kvcalc.fit(MODEL, gpu="h100-sxm-80gb", share=share, reserve="3GiB", engine=engine)
+    assert report.available_bytes == expected == sum(line.num_bytes for line in report.budget)
+    assert report.weights_bytes == WEIGHTS
+    assert [line.num_bytes for line in report.budget if line.provenance == "exact"] == [-WEIGHTS]
+    assert all(line.source for line in report.budget)
+
+
+def test_weights_on_several_ranks_are_an_estimate():
+    """What each rank repeats is not known, and said so; more than a GPU has leaves nothing."""
+    report = kvcalc.fit(MODEL, gpu="h100-sxm-80gb", reserve="1GiB", tp=2)
+    (weights,) = [line for line in report.budget if line.provenance == "estimate"]
+    assert weights.num_bytes == -WEIGHTS // 2
+    crowded = kvcalc.fit(MODEL, gpu="h100-sxm-80gb", reserve="90GiB")
+    assert (crowded.available_bytes, crowded.max_concurrency, crowded.fits) == (0, 0, False)
+
+
+def test_a_budget_is_shown_line_by_line(capsys, monkeypatch):
+    """Each term says how much and whether it is known, and the command's share is the engine's."""
+    monkeypatch.setenv("COLUMNS", "80")
+    command = f"{COMMAND} --gpu-memory-utilization 0.5"
+    gpu = ["--gpu", "h100-sxm-80gb", "--reserve", "3GiB"]
+    assert cli.run(["fit", "--from", command, *gpu]) == 0
+    shown = capsys.readouterr().out
+    assert "gpu_memory_utilization 0.5" in shown
+    for term in ("device memory", "left to others", "weights", "reserve", "cache memory"):
+        assert term in shown
+
+
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
         (["--from", COMMAND], "--kv-memory"),
+        ([MODEL, "--gpu", "h100-sxm-80gb"], "--reserve"),
+        ([MODEL, "--gpu", "h100", "--reserve", "1GiB"], "h100-sxm-80gb"),
+        ([MODEL, "--gpu", "h100-sxm-80gb", "--reserve", "1GiB", "--share", "1.5"], "--share"),
+        ([MODEL, "--gpu", "t4", "--kv-memory", "1GiB"], "leave --gpu out"),
+        (
+            [MODEL, "--gpu", "h100-sxm-80gb", "--reserve", "1GiB", "--engine", "sglang"],
+            "mem_fraction_static",
+        ),
         (["--from", f"{COMMAND} --new 1", "--kv-memory", "1GiB"], "--new"),
         (["--from", COMMAND, MODEL, "--kv-memory", "1GiB"], "leave MODEL"),
         ([MODEL], "--kv-memory"),

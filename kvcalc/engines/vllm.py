@@ -434,7 +434,13 @@ def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer
         for group in layout.groups.groups
         for _ in range(group.padding)
     )
-    return tuple(layer.each(layout.stored) for layer in layout.layers) + padding
+    kept = {id(layer): layer.each(layout.stored) for layer in _each_once(layout.layers)}
+    return tuple(kept[id(layer)] for layer in layout.layers) + padding
+
+
+def _each_once(layers: Sequence[Layer]) -> Iterable[Layer]:
+    """Each object of them: families repeat one."""
+    return {id(layer): layer for layer in layers}.values()
 
 
 class _Layout(NamedTuple):

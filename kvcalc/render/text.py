@@ -193,11 +193,20 @@ def print_fit(report: FitReport) -> None:
     out.print(title)
     out.print()
     rank = " of each rank" if size.tp * size.pp > 1 else ""
+    if len(report.budget) > 1:
+        rows = table("Memory" + rank, "Bytes", "", "is")
+        for term in report.budget:
+            num_bytes = term.num_bytes
+            rows.add_row(term.name, f"{num_bytes:,}", format_bytes(num_bytes), term.provenance)
+        out.print(rows)
+        for term in report.budget:
+            print_folded(out, f"{term.name}: ", term.source, "dim")
+        out.print()
     verdict = Text("fits", style="bold green") if report.fits else Text("does not fit", "bold red")
     over = "left" if report.fits else "missing"
     verdict.append(f"  {format_bytes(abs(report.headroom_bytes))} {over}", style="default")
     lines = {
-        f"memory{rank}": Text(f"{_both(report.available_bytes)}  ({report.available_origin})"),
+        f"cache memory{rank}": Text(_both(report.available_bytes)),
         f"needed{rank}": Text(_both(report.needed_bytes)),
         "": verdict,
         "most requests": Text(f"{report.max_concurrency:,} of {size.seq_tokens:,} tokens at once"),

@@ -1,0 +1,300 @@
+"""A check's report: as a table, JUnit XML, GitHub annotations and a step summary.
+
+Plain strings without rich, which would cost more than the check itself.
+"""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from xml.sax.saxutils import escape, quoteattr
+
+from kvcalc.checking import FIGURES, Change, CheckReport, Outcome, Result
+from kvcalc.errors import OutputError
+from kvcalc.render import data
+from kvcalc.strict_yaml import Place
+from kvcalc.units import format_bytes
+
+_COLUMNS = ("Deployment", "Verdict", "Needed", "Memory", "Headroom", "Max conc.", "KV/token")
+
+
+def publish(report: CheckReport, *, json: bool, junit: Path | None, out: Path | None) -> None:
+    """Print a report, write the files that are asked for, and tell GitHub when it runs there.
+
+    Annotations go to standard error, where a runner reads them, too: standard output is data.
+    """
+    if junit is not None:
+        _write(junit, junit_xml(report), "w")
+    if out is not None:
+        _write(out, data.json_text(report.to_dict()), "w")
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        sys.stderr.writelines(f"{line}\n" for line in annotations(report))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        _write(Path(summary), step_summary(report), "a")
+    if json:
+        data.write_json(report.to_dict())
+    else:
+        sys.stdout.write(told(report))
+    sys.stderr.writelines(f"kvcalc: {' '.join(line.split())}\n" for line in _errors(report))
+
+
+def _write(path: Path, what: str, mode: str) -> None:
+    try:
+        with path.open(mode, encoding="utf-8") as file:
+            file.write(what)
+    except OSError as error:
+        msg = f"cannot write {path}: {error.strerror or error}"
+        raise OutputError(msg) from None
+
+
+def told(report: CheckReport) -> str:
+    """The report for a person: a line for each deployment, then what does not hold."""
+    lines: list[str] = []
+    if report.results:
+        rows = [_COLUMNS, *(_cells(result) for result in report.results)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            left = (cell.ljust(width) for cell, width in zip(row[:2], widths[:2], strict=True))
+            right = (cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True))
+            lines.append("  ".join((*left, *right)).rstrip())
+        lines.append("")
+        failures = list(_failures(report))
+        for result, outcome in failures:
+            place = _place(result, outcome)
+            lines.append(f"{place.file}:{place.line}: {result.deployment.name}: {broken(outcome)}")
+        lines += [""] * bool(failures)
+    if report.changes is not None:
+        lines += [*change_lines(report.changes), ""]
+    lines.append(verdict(report))
+    return "\n".join(lines) + "\n"
+
+
+def _cells(result: Result) -> tuple[str, ...]:
+    figures = result.figures
+    name = result.deployment.name
+    if not figures:
+        return (name, result.status, *["-"] * 5)
+    per_token = figures["kv_bytes_per_token"]
+    return (
+        name,
+        result.status,
+        format_bytes(_whole(figures["needed"])),
+        format_bytes(_whole(figures["kv_memory"])),
+        _headroom(figures),
+        f"{_whole(figures['max_concurrency']):,}",
+        "-" if per_token is None else format_bytes(per_token),
+    )
+
+
+def _headroom(figures: Mapping[str, int | bool | None]) -> str:
+    memory = figures["kv_memory"]
+    return _percent(Fraction(_whole(figures["headroom"]), memory)) if memory else "-"
+
+
+def _whole(value: int | bool | None) -> int:
+    return int(value or 0)
+
+
+def _percent(part: Fraction) -> str:
+    """Rounded down, so that what does not hold does not look as if it did."""
+    tenths = part * 1000 // 1
+    return f"{'-' if tenths < 0 else ''}{abs(tenths) // 10}.{abs(tenths) % 10}%"
+
+
+def broken(outcome: Outcome) -> str:
+    """What does not hold, and what was found: `max_concurrency >= 24 does not hold: 9`."""
+    return f"{outcome.requirement.text} does not hold: {found(outcome)}"
+
+
+def found(outcome: Outcome) -> str:
+    """What a requirement was held against."""
+    value = outcome.found
+    kind = FIGURES[outcome.requirement.figure].kind
+    if isinstance(value, Fraction):
+        return _percent(value)
+    if kind == "flag":
+        return "yes" if value else "no"
+    return f"{value:,}" if kind == "count" else f"{format_bytes(value)}, {value:,} bytes"
+
+
+def verdict(report: CheckReport) -> str:
+    """How many deployments there are, and what became of them."""
+    statuses = [result.status for result in report.results]
+    counted = {name: statuses.count(name) for name in ("holds", "fails", "refused", "bad")}
+    counted["bad file"] = len(report.errors)
+    words = {"holds": ("holds", "hold"), "fails": ("fails", "fail"), "refused": ("is refused",) * 2}
+    words |= {"bad": ("is bad", "are bad"), "bad file": ("bad file", "bad files")}
+    told_of = ", ".join(
+        f"{count} {words[name][count != 1]}" for name, count in counted.items() if count
+    )
+    return f"{len(statuses)} deployment{'s' * (len(statuses) != 1)}: {told_of}"
+
+
+def _failures(report: CheckReport) -> Iterator[tuple[Result, Outcome]]:
+    for result in report.results:
+        for outcome in result.outcomes:
+            if not outcome.holds:
+                yield result, outcome
+
+
+def _place(result: Result, outcome: Outcome) -> Place:
+    """Where to look: at the requirement, or at the deployment when the defaults require it."""
+    place = outcome.requirement.place
+    own = place.path.startswith(result.deployment.place.path)
+    return place if own else result.deployment.place
+
+
+def _errors(report: CheckReport) -> Iterator[str]:
+    """Bad files and deployments, each with its place."""
+    for _, error in report.errors:
+        yield str(error)
+    for result in report.results:
+        if result.error is not None and result.error_place is not None:
+            yield f"{result.error_place}: {result.error}"
+
+
+# Changes
+
+
+def change_lines(changes: Sequence[Change]) -> list[str]:
+    """One line for each deployment that changed."""
+    lines = [
+        f"{change.name}: {change.said or ', '.join(_changed(change.figures))}" for change in changes
+    ]
+    return ["changed since the baseline:", *lines] if lines else ["nothing changed"]
+
+
+def _changed(figures: Mapping[str, tuple[Any, Any]]) -> Iterator[str]:
+    """`KV per token 128 → 256 KiB`, what others follow from first."""
+    for name in dict.fromkeys(("kv_bytes_per_token", "max_concurrency", *FIGURES)):
+        if name in figures:
+            yield f"{FIGURES[name].label} {_pair(FIGURES[name].kind, *figures[name])}"
+
+
+def _pair(kind: str, old: Any, new: Any) -> str:  # noqa: ANN401 - of a JSON file
+    if kind == "flag":
+        yes = {True: "yes", False: "no"}
+        return f"{yes.get(old, '-')} → {yes.get(new, '-')}"
+    counts = [isinstance(value, int) and not isinstance(value, bool) for value in (old, new)]
+    if kind == "count" or not all(counts):
+        return " → ".join(
+            "-" if not counted else f"{value:,}" if kind == "count" else format_bytes(value)
+            for value, counted in zip((old, new), counts, strict=True)
+        )
+    (was, unit), (now, other) = format_bytes(old).split(), format_bytes(new).split()
+    if (was, unit) == (now, other):
+        return f"{old:,} → {new:,} B"
+    was, now = (text.rstrip("0").rstrip(".") if "." in text else text for text in (was, now))
+    return f"{was} → {now} {unit}" if unit == other else f"{was} {unit} → {now} {other}"
+
+
+# JUnit
+
+
+def junit_xml(report: CheckReport) -> str:
+    """A suite for each file, a case for each requirement; errors are cases of their own."""
+    suites: dict[str, list[str]] = {}
+    counts: dict[str, list[int]] = {}
+
+    def case(file: str, where: str, name: str, body: str = "") -> None:
+        head = f"    <testcase classname={_attribute(where)} name={_attribute(name)}"
+        suites.setdefault(file, []).append(f"{head}>{body}</testcase>" if body else f"{head}/>")
+        count = counts.setdefault(file, [0, 0, 0])
+        for index, counted in enumerate((True, "<failure" in body, "<error" in body)):
+            count[index] += counted
+
+    for place, error in report.errors:
+        case(place.file, place.file, "file", _problem("error", str(error), "bad"))
+    for result in report.results:
+        file, name = result.deployment.place.file, result.deployment.name
+        if result.error is not None:
+            said = f"{result.error_place}: {result.error}"
+            case(file, name, "figures", _problem("error", said, result.status))
+        for outcome in result.outcomes:
+            body = "" if outcome.holds else _problem("failure", broken(outcome), "fails")
+            case(file, name, outcome.requirement.text, body)
+    lines = ['<?xml version="1.0" encoding="UTF-8"?>', "<testsuites>"]
+    for file, cases in suites.items():
+        tests, failures, errors = counts[file]
+        lines.append(
+            f'  <testsuite name={_attribute(file)} tests="{tests}" failures="{failures}" '
+            f'errors="{errors}">'
+        )
+        lines += [*cases, "  </testsuite>"]
+    return "\n".join([*lines, "</testsuites>"]) + "\n"
+
+
+def _problem(kind: str, message: str, status: str) -> str:
+    text = escape(_printable(message))
+    return f"<{kind} message={_attribute(message)} type={_attribute(status)}>{text}</{kind}>"
+
+
+def _attribute(value: str) -> str:
+    return quoteattr(_printable(value))
+
+
+def _printable(value: str) -> str:
+    """Without the control characters that XML cannot hold."""
+    return "".join(sign if sign.isprintable() else " " for sign in value)
+
+
+# GitHub
+
+
+def annotations(report: CheckReport) -> Iterator[str]:
+    """A workflow command for each thing that is wrong; GitHub shows it at the line."""
+    for place, error in report.errors:
+        yield _annotation(place.file, place.line, "kvcalc check", str(error))
+    for result in report.results:
+        title = f"kvcalc check: {result.deployment.name}"
+        if result.error is not None and result.error_place is not None:
+            place = result.error_place
+            yield _annotation(place.file, place.line, title, str(result.error))
+        for outcome in result.outcomes:
+            if not outcome.holds:
+                place = _place(result, outcome)
+                yield _annotation(place.file, place.line, title, broken(outcome))
+
+
+def _annotation(file: str, line: int, title: str, message: str) -> str:
+    def data_of(text: str) -> str:
+        return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+    def property_of(text: str) -> str:
+        return data_of(text).replace(":", "%3A").replace(",", "%2C")
+
+    where = f"file={property_of(file)},line={line},title={property_of(title)}"
+    return f"::error {where}::{data_of(message)}"
+
+
+def step_summary(report: CheckReport) -> str:
+    """The report as Markdown."""
+    lines = [f"### kvcalc check: {verdict(report)}", ""]
+    if report.results:
+        lines += [_row(_COLUMNS), "|---|---|---:|---:|---:|---:|---:|"]
+        lines += [_row(_cells(result)) for result in report.results]
+        lines.append("")
+    wrong = [
+        f"**{_plain(result.deployment.name)}**: `{outcome.requirement.text}` does not hold: "
+        f"{found(outcome)}"
+        for result, outcome in _failures(report)
+    ]
+    wrong += [_plain(line) for line in _errors(report)]
+    lines += [f"- {line}" for line in wrong] + [""] * bool(wrong)
+    if report.changes is not None:
+        first, *rest = change_lines(report.changes)
+        lines += [first[0].upper() + first[1:], ""]
+        lines += [f"- {_plain(line)}" for line in rest] + [""] * bool(rest)
+    return "\n".join(lines) + "\n"
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(map(_plain, cells))} |"
+
+
+def _plain(text: str) -> str:
+    """A text as Markdown shows it, without making anything of it."""
+    text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
+    return "".join("\\" + sign if sign in "\\`*_[]|" else sign for sign in text)

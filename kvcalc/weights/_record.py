@@ -1,0 +1,17 @@
+"""The record that both ways to count weights return."""
+
+from typing import NamedTuple
+
+
+class Weights(NamedTuple):
+    """A model's weights: parameters as transformers counts them, and their bytes.
+
+    `num_bytes` has the scales and zero points of a quantised format in it. `format` is what most
+    values are stored in (`bf16`, `fp8`, `awq-int4`, …), `origin` one line: rule and fields.
+    """
+
+    num_parameters: int
+    num_bytes: int
+    format: str
+    origin: str
+    notes: tuple[str, ...] = ()

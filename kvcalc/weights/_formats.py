@@ -80,7 +80,7 @@ def _declared_dtype(config: Mapping[str, Any], parts: Parts) -> tuple[str, str]:
             value = level.get(key)
             if value is not None and value != "auto":
                 return prefix + key, _dtype(value, f"config field {prefix}{key}")
-    msg = "this config names no dtype of its weights; give the format; deciding field: dtype"
+    msg = "this config names no dtype of its weights; give one; deciding field: dtype"
     raise UnsupportedError(msg)
 
 

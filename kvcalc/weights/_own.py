@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from kvcalc.config import MAX_LAYERS
-from kvcalc.units import ceil_div, shown
+from kvcalc.units import shown
 from kvcalc.weights import _attention as mix
 from kvcalc.weights._feedforward import Experts, dense, mixture, sparse_layers
 from kvcalc.weights._parts import MAX_EXPERTS, Parts, need, refuse

@@ -86,7 +86,12 @@ def switch(fields: ConfigFields, rule: bool | str) -> bool:
 
 
 def head_values(fields: ConfigFields, width: int, heads: int) -> int:
-    """Values of a head: `head_dim`, else `width / heads` rounded down, as transformers does."""
+    """Values of a head: `head_dim`, else `width / heads` rounded down, as transformers does.
+
+    Nemotron-H's own files name the field `attention_head_dim`.
+    """
+    if fields.given("head_dim") is None and fields.given("attention_head_dim") is not None:
+        return fields.count("attention_head_dim")
     return fields.optional_count("head_dim") or width // heads
 
 

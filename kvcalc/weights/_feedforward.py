@@ -76,12 +76,13 @@ def sparse_layers(parts: Parts, plan: Experts) -> list[bool]:
         return [index >= first for index in layers]
     if plan.layers == "step":
         step = fields.number("decoder_sparse_step", default=1)
-        dense_layers = fields.numbers("mlp_only_layers") or ()
+        dense_layers = frozenset(fields.numbers("mlp_only_layers") or ())
         if not step:
             raise refuse(fields, "decoder_sparse_step", "a step of none")
         return [index not in dense_layers and (index + 1) % step == 0 for index in layers]
     if plan.layers == "interleaved":
-        named = fields.numbers("moe_layers")
+        given = fields.numbers("moe_layers")
+        named = None if given is None else frozenset(given)
         step = fields.count("interleave_moe_layer_step")
         return [
             index in named if named is not None else (index + 1) % step == 0 for index in layers

@@ -238,7 +238,7 @@ def _bamba(parts: Parts) -> None:
     """Bamba: Mamba-2 in most layers, attention in those that are named, MLPs in all."""
     fields = parts.fields
     need(fields, "attn_layer_indices")
-    attending = fields.numbers("attn_layer_indices") or ()
+    attending = frozenset(fields.numbers("attn_layer_indices") or ())
     heads = fields.count("mamba_n_heads")
     for index in range(parts.num_layers):
         parts.layer = f"layers.{index}."

@@ -61,6 +61,11 @@ WEIGHT_FIELDS = frozenset(
     num_experts_per_tok shared_expert_intermediate_size shared_intermediate_size
     interleave_moe_layer_step intermediate_size_mlp expert_layer_period expert_layer_offset
     n_group topk_group topk_method parallel_attn alibi word_embed_proj_dim
+    use_conv_bias mamba_conv_bias mamba_proj_bias mamba_rms_norm projectors_bias mamba_dt_rank
+    moe_shared_expert_intermediate_size moe_latent_size attention_out_bias lm_head_bias use_qkv_bias
+    qk_layernorm use_parallel_residual do_layer_norm_before enable_bias
+    layer_norm_elementwise_affine num_ln_in_parallel_attn moe_layers mlp_layer_types
+    enable_moe_block
     """.split()
 )
 
@@ -72,7 +77,11 @@ NESTED = frozenset(
     """.split()
 )
 QUANTIZATION_FIELDS = frozenset(
-    {"quant_method", "quant_algo", "kv_cache_scheme", "kv_cache_quant_algo", "bits"}
+    """
+    quant_method quant_algo kv_cache_scheme kv_cache_quant_algo bits weight_block_size
+    activation_scheme modules_to_not_convert ignore exclude_modules ignored_layers config_groups
+    format group_size version zero_point checkpoint_format
+    """.split()
 )
 
 

@@ -52,6 +52,10 @@ def counted(model_type, config, *, tied=None):
         if key not in ("model_type", "quantization_config", "auto_map")
         and (value is not None or key in NULLABLE)
     }
+    if (
+        config.get("hidden_size_per_layer_input", 0) is None
+    ):  # published so, which the class refuses
+        fields["hidden_size_per_layer_input"] = 0
     built = transformers.AutoConfig.for_model(alike.get(model_type, model_type), **fields)
     with torch.device("meta"):
         if model_type == "qwen2_5_omni_text":

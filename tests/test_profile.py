@@ -339,10 +339,14 @@ def test_the_cpu_peak_is_the_same_in_every_run():
     assert 2 * 4_000_000 <= first < 3 * 4_000_000
 
 
+KEEPING = [name for name in strategy_names() if not load_strategy(name).compresses]
+"""Strategies that keep every token; test_evicting has all the others on more models."""
+
+
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "deepseek_v3"])
-@pytest.mark.parametrize("name", strategy_names())
+@pytest.mark.parametrize("name", KEEPING)
 def test_every_strategy_promises_what_it_holds(model_type, name, tmp_path):
-    """Over all strategies there are: predicted = held on full, window and latent models."""
+    """Over all that keep every token: predicted = held on full, window and latent models."""
     path = tmp_path / "config.json"
     widths = {} if model_type == "deepseek_v3" else {"head_dim": 16}
     path.write_text(json.dumps(tiny_config(model_type, **widths)))
@@ -379,11 +383,7 @@ TEN = [
 WELL = {"ok", "refused"}
 EXACT = {"dynamic", "sliding", "offload", "paged"}
 """Strategies that change nothing in what attention sees."""
-NATIVE = [
-    name
-    for name in strategy_names()
-    if not name.startswith(("quanto", "hqq")) and not load_strategy(name).compresses
-]
+NATIVE = [name for name in KEEPING if not name.startswith(("quanto", "hqq"))]
 EVICTING = [f"{name}:budget=12,window=4,kernel=3" for name in ("snapkv", "ada-kv", "lava")]
 """On more architectures than test_evicting has: hybrids with recurrent states among them."""
 

@@ -247,6 +247,57 @@ def check(
         raise typer.Exit(report.exit_code)
 
 
+def plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Like size.")],
+    reserve: Annotated[
+        str, typer.Option(help="What activations and graphs take of each GPU: 3GiB.")
+    ],
+    seq: Annotated[
+        str | None, typer.Option(help="Tokens of a request; else the model's maximum.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 1,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="An id of kvcalc gpus; repeat; else all.")
+    ] = None,
+    engine: Annotated[str, typer.Option(help="Whose rules.")] = "vllm",
+    option: Annotated[
+        list[str] | None, typer.Option(help="The engine's own: block_size=32.")
+    ] = None,
+    share: Annotated[str | None, typer.Option(help="The engine's share of a GPU.")] = None,
+    kv_dtype: Annotated[list[str] | None, typer.Option(help="Tried: auto and fp8.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    json: Json = False,
+) -> None:
+    """List the GPUs, and how many of them, that serve so many requests."""
+    from kvcalc import api, planning
+
+    found = planning.plan(
+        model,
+        reserve=reserve,
+        gpus=_items(gpu, "--gpu"),
+        kv_dtypes=_items(kv_dtype, "--kv-dtype") or ("auto", "fp8"),
+        revision=revision,
+        seq=seq,
+        concurrency=concurrency,
+        engine=engine,
+        share=share,
+        options=api.engine_options(_items(option, "--option")),
+    )
+    if json:
+        from kvcalc.render import data
+
+        data.write_json(
+            {"schema": planning.SCHEMA, "deployments": [one.to_dict() for one in found]}
+        )
+    elif found:
+        from kvcalc.render import text
+
+        text.print_plan(found)
+    if not found:
+        _complain("no GPU that is known holds them, with 8 of it; give fewer or shorter requests")
+        raise typer.Exit(EXIT_FAILED)
+
+
 def models(
     words: Annotated[
         list[str] | None,
@@ -410,6 +461,7 @@ def profile(
 COMMANDS: dict[str, Callable[..., None]] = {
     "size": size,
     "fit": fit,
+    "plan": plan,
     "check": check,
     "profile": profile,
     "models": models,

@@ -63,7 +63,7 @@ RANKS = (
     ("fitting",),
     ("sources",),
     ("api",),
-    ("checking",),
+    ("checking", "planning"),
     ("__init__",),
     ("measure",),
     ("render",),

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcalc.fitting import FitReport
+from kvcalc.planning import Deployment
 from kvcalc.sizing import SizeReport
 from kvcalc.units import format_bytes
 
@@ -225,6 +226,36 @@ def print_fit(report: FitReport) -> None:
         out.print(line, style="dim")
     for note in dict.fromkeys(size.notes):
         out.print(f"note: {note}", style="yellow")
+
+
+def print_plan(deployments: Sequence[Deployment]) -> None:
+    """One line for each, least memory first."""
+    out = console()
+    size = deployments[0].fit.size
+    title = Text(size.origin.resolved, style="bold")
+    title.append(
+        f"  {deployments[0].fit.concurrency:,} × {size.seq_tokens:,} tokens, engine {size.engine}"
+    )
+    out.print(title)
+    out.print()
+    rows = table("GPUs", "KV dtype", "Memory", "Cache of each", "Headroom", "Max conc.")
+    for one in deployments:
+        rows.add_row(
+            f"{one.tp} × {one.gpu}",
+            one.kv_dtype,
+            format_bytes(one.memory_bytes),
+            format_bytes(one.fit.available_bytes),
+            format_bytes(one.fit.headroom_bytes),
+            f"{one.fit.max_concurrency:,}",
+        )
+    out.print(rows)
+    out.print()
+    reserve = next(term for term in deployments[0].fit.budget if term.name == "reserve")
+    out.print(
+        f"memory is what drivers report; reserve of each {format_bytes(-reserve.num_bytes)}, asked "
+        "for; weights of several GPUs are divided evenly, an estimate",
+        style="dim",
+    )
 
 
 def _both(num_bytes: int) -> str:

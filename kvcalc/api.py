@@ -168,9 +168,9 @@ def fit(
     )
 
 
-def fit_command(command: str, **given: Any) -> FitReport:  # noqa: ANN401
-    """What the server of a pasted command line holds; what is `given` beside it goes before what it
-    says. Both are parameters of `fit`.
+def pasted_deployment(command: str, **given: Any) -> tuple[str, dict[str, Any]]:  # noqa: ANN401
+    """The model of a server's command line, and the other parameters of `fit`; what is `given`
+    beside it goes before what it says.
     """
     pasted = read_command(command)
     said: dict[str, Any] = {"engine": pasted.engine, **pasted.point}
@@ -187,7 +187,35 @@ def fit_command(command: str, **given: Any) -> FitReport:  # noqa: ANN401
             said["share"] = pasted.budget[name]
     options = {**pasted.options, **(given.pop("options", None) or {})}
     said |= {name: value for name, value in given.items() if value is not None}
-    return fit(pasted.model, options=options, **said)
+    return pasted.model, {**said, "options": options}
+
+
+def changes_that_fit(
+    model: str,
+    report: FitReport,
+    **deployment: Any,  # noqa: ANN401 - parameters of `fit`
+) -> list[str]:
+    """Single changes, as options, by which a deployment that does not fit would.
+
+    A smaller KV dtype and twice the GPUs are tried; the longest sequence and the most requests are
+    known. Empty where none of them is enough.
+    """
+    trials: dict[str, dict[str, Any]] = {"--kv-dtype fp8": {"kv_dtype": "fp8"}}
+    if report.weights_bytes is not None:
+        more = 2 * report.size.tp
+        trials[f"--tp {more}"] = {"tp": more}
+    found = []
+    for change, parameters in trials.items():
+        try:
+            if fit(model, **{**deployment, **parameters}).fits:
+                found.append(change)
+        except KvcalcError:  # an engine or a model that cannot
+            continue
+    if report.max_tokens:
+        found.append(f"--seq {report.max_tokens}")
+    if report.max_concurrency:
+        found.append(f"--concurrency {report.max_concurrency}")
+    return found
 
 
 def size_point(

@@ -192,21 +192,23 @@ def fit(
         msg = "--from names model and engine: leave MODEL and --engine out"
         raise InputError(msg)
     if command is not None:
-        report = api.fit_command(command, **given)
+        model, given = api.pasted_deployment(command, **given)
     elif model is None:
         msg = "give MODEL, or a server's command line with --from"
         raise InputError(msg)
     else:
         given = {name: value for name, value in given.items() if value is not None}
-        report = api.fit(model, engine=engine or "vllm", **given)
+        given["engine"] = engine or "vllm"
+    report = api.fit(model, **given)
+    changes = [] if report.fits else api.changes_that_fit(model, report, **given)
     if json:
         from kvcalc.render import data
 
-        data.write_json(report.to_dict())
+        data.write_json(report.to_dict() | {"changes_that_fit": changes})
     else:
         from kvcalc.render import text
 
-        text.print_fit(report)
+        text.print_fit(report, changes)
     raise typer.Exit(0 if report.fits else EXIT_FAILED)
 
 

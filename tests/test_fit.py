@@ -157,3 +157,16 @@ def test_bytes_mean_what_they_say():
     assert parse_bytes("1.5GiB", name="x") == 3 * 2**29
     assert parse_bytes("80 GB", name="x") == 80 * 10**9
     assert parse_bytes("1_024", name="x") == parse_bytes(1024, name="x") == 1024
+
+
+def test_what_would_make_it_fit_does(capsys):
+    """Each change that is named makes the deployment fit, alone."""
+    deployment = ["fit", MODEL, "--gpu", "rtx-4090", "--reserve", "1GiB", "--concurrency", "10"]
+    assert cli.run([*deployment, "--json"]) == 1
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["changes_that_fit"]) == 4
+    for change in report["changes_that_fit"]:
+        assert cli.run([*deployment, *change.split(), "--json"]) == 0, change
+        assert json.loads(capsys.readouterr().out)["changes_that_fit"] == []
+    assert cli.run(deployment) == 1
+    assert "would fit with" in capsys.readouterr().out

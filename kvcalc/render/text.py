@@ -185,8 +185,8 @@ def print_comparison(reports: Sequence[SizeReport]) -> None:
         out.print(f"note: {note}", style="yellow")
 
 
-def print_fit(report: FitReport) -> None:
-    """The memory, what is asked of it, and the most that it holds."""
+def print_fit(report: FitReport, changes: Sequence[str]) -> None:
+    """The memory, what is asked of it, the most that it holds, and which `changes` would do."""
     out = console()
     size = report.size
     title = Text(size.origin.resolved, style="bold")
@@ -218,6 +218,8 @@ def print_fit(report: FitReport) -> None:
     widest = max(map(len, lines)) + 2
     for label, said in lines.items():
         out.print(Text(label.ljust(widest)).append_text(said))
+    if changes:
+        out.print("would fit with".ljust(widest) + ", or ".join(changes), style="bold")
     if report.printed:
         figures = ", ".join(f"{name} {_printed(value)}" for name, value in report.printed.items())
         print_folded(out, "engine says".ljust(widest), figures)

@@ -182,8 +182,11 @@ def test_what_cannot_fit_is_refused_before_it_runs(loaded, monkeypatch):
     assert forced["status"] == "ok"
 
 
-def test_ctrl_c_waits_for_the_run_in_flight_and_twice_does_not(capsys):
+def test_ctrl_c_waits_for_the_run_in_flight_and_twice_does_not(capsys, request):
     """The first interrupt is seen between runs, the second at once."""
+    # A shell may have started this with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with interrupts() as check:
         check()
         os.kill(os.getpid(), signal.SIGINT)

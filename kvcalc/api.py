@@ -15,7 +15,7 @@ from kvcalc.families import Architecture, describe
 from kvcalc.fitting import FitReport, fit_architecture
 from kvcalc.origin import Origin
 from kvcalc.pasted import read_command
-from kvcalc.sizing import Segment, SizeReport, size_architecture
+from kvcalc.sizing import MAX_RANKS, Segment, SizeReport, size_architecture
 from kvcalc.sources import catalogue
 from kvcalc.strategies import ALL, ChosenStrategy, load_strategy, strategy_names
 from kvcalc.units import MAX_TOKENS, check_count, parse_bytes, parse_tokens, shown
@@ -128,8 +128,8 @@ def fit(
         raise InputError(msg)
     weights_bytes = None
     if kv_memory is not None:
-        if gpu is not None:
-            msg = "--kv-memory says how much there is: leave --gpu out"
+        if gpu is not None or reserve is not None:
+            msg = "--kv-memory says how much there is: leave --gpu and --reserve out"
             raise InputError(msg)
         given = parse_bytes(kv_memory, name="--kv-memory")
         lines: tuple[BudgetLine, ...] = (BudgetLine("KV cache", given, "asked for", ""),)
@@ -143,6 +143,8 @@ def fit(
         from kvcalc.hardware import load_gpu, read_gpu
         from kvcalc.weights import weights_of
 
+        check_count(tp, name="tp", most=MAX_RANKS)
+        check_count(pp, name="pp", most=MAX_RANKS)
         weights = weights_of(config, complete=origin.completeness == "verbatim")
         weights_bytes = weights.num_bytes
         lines = gpu_budget(

@@ -623,7 +623,7 @@ class _Runs:
             "kv_bytes_per_token": self._bytes_per_token(deployment, model, report),
             "needed": needed,
             "kv_memory": available,
-            "weights": getattr(report, "weights_bytes", None) or None,
+            "weights": report.weights_bytes,
         }
 
     def _bytes_per_token(
@@ -645,8 +645,10 @@ def _shared_bytes(deployment: Deployment, model: api.Model, report: FitReport) -
     """Bytes on a rank of one sequence, and those of its blocks that all requests share.
 
     vLLM's prefix caching shares whole blocks, so that C requests of S tokens, once the prefix is
-    cached, take C × blocks(S) - (C - 1) × (prefix // block). Windows and states keep other blocks,
-    drafts give up the last shared one, and other engines share by other rules: refused.
+    cached, take C × blocks(S) - (C - 1) × (prefix // block) (get_computed_blocks of
+    v1/core/kv_cache_manager.py: full blocks alone, and not the last token's). Windows and states
+    keep other blocks, drafts give up the last shared one, and other engines share by other rules:
+    refused.
     """
     size = report.size
     parts = [part for layer in model.architecture.layers for part in layer.parts()]

@@ -107,7 +107,8 @@ def _normal(name: str) -> str:
 
 
 def read_gpu(path: Path) -> Gpu:
-    """Read one file strictly; ConfigError with file and key for what is not as it should be.
+    """Read one file strictly; ConfigError with file and key for what is not as it should be,
+    InputError for a file that cannot be read.
 
     The nodes of the YAML are read as they were written and never constructed: no tag can run code,
     and `no`, `1:30`, `010` and `3.35e12` do not turn into something else on the way.
@@ -117,6 +118,9 @@ def read_gpu(path: Path) -> Gpu:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is four times as fast
     try:
         root = yaml.compose(path.read_text("utf-8"), Loader=loader)
+    except OSError as error:
+        msg = f"cannot read {path}: {error.strerror or error}; kvcalc gpus lists the ids there are"
+        raise InputError(msg) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         msg = f"{path.name}: not YAML: {' '.join(str(error).split())}"
         raise ConfigError(msg) from None

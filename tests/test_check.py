@@ -99,7 +99,7 @@ def test_weights_are_known_or_refused(tmp_path, monkeypatch):
         def __getattr__(self, name):
             return getattr(self.report, name)
 
-    for weights, status in ((20 * GIB, "holds"), (20 * GIB + 1, "fails"), (0, "refused")):
+    for weights, status in ((20 * GIB, "holds"), (20 * GIB + 1, "fails"), (None, "refused")):
         monkeypatch.setattr(api, "fit", lambda *a, w=weights, **b: Weighed(fit(*a, **b), w))
         result = one(tmp_path, text)
         assert result.status == status

@@ -129,7 +129,11 @@ def test_a_budget_is_shown_line_by_line(capsys, monkeypatch):
         ([MODEL, "--gpu", "h100-sxm-80gb"], "--reserve"),
         ([MODEL, "--gpu", "h100", "--reserve", "1GiB"], "h100-sxm-80gb"),
         ([MODEL, "--gpu", "h100-sxm-80gb", "--reserve", "1GiB", "--share", "1.5"], "--share"),
-        ([MODEL, "--gpu", "t4", "--kv-memory", "1GiB"], "leave --gpu out"),
+        ([MODEL, "--gpu", "t4", "--kv-memory", "1GiB"], "leave --gpu"),
+        ([MODEL, "--reserve", "1GiB", "--kv-memory", "1GiB"], "leave --gpu and --reserve"),
+        ([MODEL, "--gpu", "absent.yaml", "--reserve", "1GiB"], "cannot read absent.yaml"),
+        ([MODEL, "--gpu", "t4", "--reserve", "1GiB", "--tp", "0"], "tp must be at least 1"),
+        ([MODEL, "--gpu", "t4", "--reserve", "1GiB", "--pp", "-1"], "pp must be at least 1"),
         (
             [MODEL, "--gpu", "h100-sxm-80gb", "--reserve", "1GiB", "--engine", "sglang"],
             "mem_fraction_static",

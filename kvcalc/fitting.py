@@ -5,6 +5,7 @@ or requests never take less. How much memory there is, is worked out in `kvcalc.
 """
 
 from collections.abc import Callable, Mapping
+from math import inf
 from typing import Any, NamedTuple
 
 from kvcalc.budget import BudgetLine, available
@@ -13,7 +14,7 @@ from kvcalc.engines import Plan, load_engine, read_options
 from kvcalc.errors import InputError
 from kvcalc.families import Architecture
 from kvcalc.origin import Origin
-from kvcalc.sizing import MAX_BATCH, SizeReport, size_architecture
+from kvcalc.sizing import MAX_BATCH, SizeReport, bytes_per_rank, size_architecture
 from kvcalc.units import MAX_TOKENS, check_count
 
 SCHEMA = "kvcalc.fit/1"
@@ -97,26 +98,23 @@ def fit_architecture(
     check_count(concurrency, name="concurrency", most=MAX_BATCH)
     available_bytes = available(budget)
 
-    def size(tokens: int, batch: int) -> SizeReport:
-        return size_architecture(
-            architecture,
-            origin=origin,
-            seq_tokens=tokens,
-            batch=batch,
-            kv_dtype=kv_dtype,
-            engine=engine,
-            tp=tp,
-            pp=pp,
-            options=options,
-        )
+    point: dict[str, Any] = {
+        "kv_dtype": kv_dtype,
+        "engine": engine,
+        "tp": tp,
+        "pp": pp,
+        "options": options or {},
+    }
 
-    def fits(tokens: int, batch: int) -> bool:
+    def takes(tokens: int, batch: int) -> float:
         try:
-            return size(tokens, batch).bytes_per_rank <= available_bytes
+            return bytes_per_rank(architecture, seq_tokens=tokens, batch=batch, **point)
         except InputError:  # an option of the user's bounds what there is room for
-            return False
+            return inf
 
-    report = size(seq_tokens, concurrency)
+    report = size_architecture(
+        architecture, origin=origin, seq_tokens=seq_tokens, batch=concurrency, **point
+    )
     runtime = load_engine(engine)
     plan = Plan(
         seq_tokens,
@@ -127,44 +125,54 @@ def fit_architecture(
         read_options(engine, runtime.OPTIONS, options or {}),
     )
     room = getattr(runtime, "room", None)
-    growth = available_bytes / max(report.bytes_per_rank, 1)
+    needed = report.bytes_per_rank
     return FitReport(
         size=report,
         available_bytes=available_bytes,
         budget=budget,
         weights_bytes=weights_bytes,
         concurrency=concurrency,
-        needed_bytes=report.bytes_per_rank,
+        needed_bytes=needed,
         max_concurrency=_largest(
-            lambda batch: fits(seq_tokens, batch), MAX_BATCH, guess=round(concurrency * growth)
+            lambda batch: takes(seq_tokens, batch), available_bytes, MAX_BATCH, concurrency
         ),
         max_tokens=_largest(
-            lambda tokens: fits(tokens, concurrency), MAX_TOKENS, guess=round(seq_tokens * growth)
+            lambda tokens: takes(tokens, concurrency), available_bytes, MAX_TOKENS, seq_tokens
         ),
         printed=room(architecture, plan, available_bytes) if room else {},
     )
 
 
-def _largest(holds: Callable[[int], bool], most: int, *, guess: int) -> int:
-    """The largest number up to `most` for which `holds` is true; it is for all below. 0 if none.
+def _largest(takes: Callable[[int], float], available: int, most: int, first: int) -> int:
+    """The largest number up to `most` that takes no more than is available; 0 if none.
 
-    Looked for around a guess, farther and farther away, and then by bisection.
+    `takes` never falls. Bytes are nearly straight in tokens and in requests: looked for where the
+    line through what `first` and a guess take leads, around there farther and farther away, and
+    then by bisection.
     """
+
+    def near(value: float) -> int:
+        return int(min(max(value, 1), most))
+
+    first_takes = takes(first)
+    here = near(available * first / first_takes) if 0 < first_takes < inf else near(first)
+    rise = takes(here) - first_takes
+    if here != first and 0 < abs(rise) < inf:
+        here = near(first + (available - first_takes) * (here - first) / rise)
     low, high, step = 0, most + 1, 1
-    here = min(max(guess, 1), most)
-    if holds(here):
+    if takes(here) <= available:
         low = here
-        while low + step < high and holds(low + step):
+        while low + step < high and takes(low + step) <= available:
             low, step = low + step, step * 2
         high = min(high, low + step)
     else:
         high = here
-        while high - step > low and not holds(high - step):
+        while high - step > low and takes(high - step) > available:
             high, step = high - step, step * 2
         low = max(low, high - step)
     while high - low > 1:
         middle = (low + high) // 2
-        if holds(middle):
+        if takes(middle) <= available:
             low = middle
         else:
             high = middle

@@ -7,19 +7,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from types import MappingProxyType
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from kvcalc.config import FieldUse
 from kvcalc.dtypes import COMPUTE_DTYPES, PAYLOAD_ONLY, StorageFormat, storage_format
-from kvcalc.engines import Engine, Plan, load_engine, read_options
+from kvcalc.engines import Engine, Plan, Same, load_engine, read_options
 from kvcalc.errors import ConfigError, UnsupportedError
 from kvcalc.families import Architecture
 from kvcalc.layers import Layer, Setting
 from kvcalc.origin import Origin
 from kvcalc.strategies import BASELINE, ChosenStrategy, load_strategy
 from kvcalc.units import MAX_TOKENS, ceil_div, check_count, format_bytes
-
-T = TypeVar("T")
 
 SCHEMA = "kvcalc.size/1"
 
@@ -173,31 +171,14 @@ def size_architecture(
     Raises InputError for a value out of range and UnsupportedError where the combination has no
     exact size.
     """
-    check_count(seq_tokens, name="seq", most=MAX_TOKENS)
     check_count(decode_tokens, name="decode", least=0, most=seq_tokens - 1)
-    check_count(batch, name="batch", most=MAX_BATCH)
-    check_count(tp, name="tp", most=MAX_RANKS)
-    check_count(pp, name="pp", most=MAX_RANKS)
-    runtime = load_engine(engine)
-    chosen = load_strategy(strategy)
-    runtime.refuse(architecture, tp=tp, pp=pp)
-    if chosen.layers_share and pp > 1:
-        msg = f"{chosen.name} lets the prompt spread the budget over the layers: leave --pp out"
-        raise UnsupportedError(msg)
-    dtype_use = _dtype(architecture, runtime, chosen, kv_dtype)
-    dtype = storage_format(str(dtype_use.value))
-    runtime.check_dtype(dtype)
-    setting = Setting(
-        _compute_format(architecture, dtype),
-        encoder_tokens,
-        seq_tokens - decode_tokens if chosen.compresses else None,
+    plan, chosen, dtype_use = _plan(
+        architecture, seq_tokens, batch, kv_dtype, engine, strategy, tp, pp, options or {}
     )
-    settings = read_options(engine, runtime.OPTIONS, options or {})
-    plan = Plan(seq_tokens, batch, dtype, tp, pp, settings)
-    predicted = _prediction_layers(architecture, engine, mtp)
-    counted = architecture._replace(layers=architecture.layers + predicted) if mtp else architecture
-    layers = runtime.lay_out(counted, plan)
-    stored, segments = _stored_layers(_Same(layers), _Same(chosen), setting, tp, dtype)
+    stored, segments = _stored(
+        architecture, plan, engine, chosen, encoder_tokens, mtp, seq_tokens - decode_tokens
+    )
+    runtime, dtype = load_engine(engine), plan.dtype
     groups = tuple(each.group(seq_tokens, batch) for each in stored)
     total_bytes = sum(group.total_bytes for group in groups)
     unsharded_bytes = sum(each.unsharded_bytes(seq_tokens, batch) for each in stored)
@@ -217,7 +198,7 @@ def size_architecture(
         kv_dtype=dtype.name,
         kv_dtype_origin=dtype_use.origin,
         total_bytes=total_bytes,
-        bytes_per_rank=_bytes_per_rank(groups, tp=tp, pp=pp),
+        bytes_per_rank=_bytes_per_rank(stored, plan),
         bytes_per_sequence=_one_sequence(stored, seq_tokens),
         bytes_per_token=sum(group.bytes_per_token for group in groups),
         groups=groups,
@@ -243,7 +224,85 @@ def size_architecture(
     )
 
 
-class _Stored(NamedTuple):
+def bytes_per_rank(
+    architecture: Architecture,
+    *,
+    seq_tokens: int,
+    batch: int,
+    kv_dtype: str,
+    engine: str,
+    tp: int,
+    pp: int,
+    options: Mapping[str, Any],
+) -> int:
+    """`SizeReport.bytes_per_rank` alone, for searches that ask for many points.
+
+    Raises what `size_architecture` raises.
+    """
+    plan, chosen, _ = _plan(
+        architecture, seq_tokens, batch, kv_dtype, engine, BASELINE, tp, pp, options
+    )
+    stored, _ = _stored(architecture, plan, engine, chosen, None, 0, seq_tokens)
+    return _bytes_per_rank(stored, plan)
+
+
+def _plan(
+    architecture: Architecture,
+    seq_tokens: int,
+    batch: int,
+    kv_dtype: str,
+    engine: str,
+    strategy: str,
+    tp: int,
+    pp: int,
+    options: Mapping[str, Any],
+) -> tuple[Plan, ChosenStrategy, FieldUse]:
+    """What was asked for, once it is known to be possible."""
+    check_count(seq_tokens, name="seq", most=MAX_TOKENS)
+    check_count(batch, name="batch", most=MAX_BATCH)
+    check_count(tp, name="tp", most=MAX_RANKS)
+    check_count(pp, name="pp", most=MAX_RANKS)
+    runtime = load_engine(engine)
+    chosen = load_strategy(strategy)
+    _accept(Same(architecture), engine, tp, pp)
+    if chosen.layers_share and pp > 1:
+        msg = f"{chosen.name} lets the prompt spread the budget over the layers: leave --pp out"
+        raise UnsupportedError(msg)
+    dtype_use = _dtype(architecture, runtime, chosen, kv_dtype)
+    dtype = storage_format(str(dtype_use.value))
+    runtime.check_dtype(dtype)
+    settings = read_options(engine, runtime.OPTIONS, options)
+    return Plan(seq_tokens, batch, dtype, tp, pp, settings), chosen, dtype_use
+
+
+@lru_cache(maxsize=64)
+def _accept(architecture: Same[Architecture], engine: str, tp: int, pp: int) -> None:
+    """Raise what the engine refuses; that it does not is remembered."""
+    load_engine(engine).refuse(architecture.it, tp=tp, pp=pp)
+
+
+def _stored(
+    architecture: Architecture,
+    plan: Plan,
+    engine: str,
+    chosen: ChosenStrategy,
+    encoder_tokens: int | None,
+    mtp: int,
+    prompt_tokens: int,
+) -> tuple[tuple["_StoredLayer", ...], tuple[Segment, ...]]:
+    """Each distinct layer as the engine and the strategy store it, and their growth."""
+    setting = Setting(
+        _compute_format(architecture, plan.dtype),
+        encoder_tokens,
+        prompt_tokens if chosen.compresses else None,
+    )
+    predicted = _prediction_layers(architecture, engine, mtp)
+    counted = architecture._replace(layers=architecture.layers + predicted) if mtp else architecture
+    layers = load_engine(engine).lay_out(counted, plan)
+    return _stored_layers(Same(layers), Same(chosen), setting, plan.tp, plan.dtype)
+
+
+class _StoredLayer(NamedTuple):
     """A stored layer, one rank's shard of it, and the places of the decoder layers like it."""
 
     layer: Layer
@@ -329,29 +388,14 @@ def _compute_format(architecture: Architecture, dtype: StorageFormat) -> Storage
     return storage_format(str(use.value))
 
 
-class _Same(Generic[T]):
-    """Compares a value by its identity, so that a cache need not compare every layer of it."""
-
-    __slots__ = ("it",)
-
-    def __init__(self, it: T) -> None:
-        self.it = it
-
-    def __hash__(self) -> int:
-        return id(self.it)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.it is other.it
-
-
 @lru_cache(maxsize=64)
 def _stored_layers(
-    layers: _Same[tuple[Layer, ...]],
-    chosen: _Same[ChosenStrategy],
+    layers: Same[tuple[Layer, ...]],
+    chosen: Same[ChosenStrategy],
     setting: Setting,
     tp: int,
     dtype: StorageFormat,
-) -> tuple[tuple[_Stored, ...], tuple[Segment, ...]]:
+) -> tuple[tuple[_StoredLayer, ...], tuple[Segment, ...]]:
     """Each distinct layer as it is stored, in the order of its first place, and their growth.
 
     It is the same for every length, and remembered: a sweep goes over many.
@@ -378,35 +422,43 @@ def _stored_layers(
     for layer, indices in places.items():
         indices.sort()
         held = layer.bind(setting)
-        stored.append(_Stored(held, held.shard(tp), tuple(indices), tp, dtype))
+        stored.append(_StoredLayer(held, held.shard(tp), tuple(indices), tp, dtype))
     return tuple(stored), _segments(stored)
 
 
-def _one_sequence(stored: Sequence[_Stored], tokens: int) -> int:
+def _one_sequence(stored: Sequence[_StoredLayer], tokens: int) -> int:
     return sum(len(each.indices) * each.layer_bytes(tokens) for each in stored)
 
 
-def _bytes_per_rank(groups: tuple[LayerGroup, ...], *, tp: int, pp: int) -> int:
+def _bytes_per_rank(stored: Sequence[_StoredLayer], plan: Plan) -> int:
     """The largest pipeline stage's share, on each of its tensor-parallel ranks.
 
     Stages are contiguous and differ by one layer at most, the longer ones first.
     """
-    if pp == 1:
-        return sum(group.total_bytes for group in groups) // tp
-    placed = sorted((index, group.bytes_per_layer) for group in groups for index in group.indices)
-    if pp > len(placed):
-        msg = f"--pp {pp} is more stages than the model has layers ({len(placed)})"
+    sizes = [each.layer_bytes(plan.tokens, plan.batch) for each in stored]
+    if plan.pp == 1:
+        total = sum(
+            len(each.indices) * size for each, size in zip(stored, sizes, strict=True)
+        )
+        return total // plan.tp
+    placed = sorted(
+        (index, size)
+        for each, size in zip(stored, sizes, strict=True)
+        for index in each.indices
+    )
+    if plan.pp > len(placed):
+        msg = f"--pp {plan.pp} is more stages than the model has layers ({len(placed)})"
         raise UnsupportedError(msg)
     stages = []
     start = 0
-    for stage in range(pp):
-        end = start + ceil_div(len(placed) - start, pp - stage)
+    for stage in range(plan.pp):
+        end = start + ceil_div(len(placed) - start, plan.pp - stage)
         stages.append(sum(num_bytes for _, num_bytes in placed[start:end]))
         start = end
-    return max(stages) // tp
+    return max(stages) // plan.tp
 
 
-def _segments(stored: Sequence[_Stored]) -> tuple[Segment, ...]:
+def _segments(stored: Sequence[_StoredLayer]) -> tuple[Segment, ...]:
     """The straight stretches of the growth of one sequence, or () when there is a staircase."""
     starts = {0}
     for each in stored:

@@ -17,18 +17,30 @@ MODEL = "meta-llama/Llama-3-8B"
 COMMAND = "vllm serve meta-llama/Llama-3-8B --max-model-len 8192 --port 80"
 
 
-@given(st.integers(0, 2**40), st.integers(1, 2**40), st.integers(-1, 2**41))
-def test_the_largest_that_holds_is_found(limit, most, guess):
-    """The last number that holds is found, or the most there may be, whatever the guess."""
+@given(
+    available=st.integers(0, 2**50),
+    most=st.integers(1, 2**40),
+    first=st.integers(1, 2**40),
+    slope=st.integers(0, 2**20),
+    fixed=st.integers(0, 2**30),
+    block=st.integers(1, 300),
+    bound=st.integers(1, 2**41),
+)
+def test_the_largest_that_holds_is_found(available, most, first, slope, fixed, block, bound):
+    """The last number that takes no more than there is, or the most there may be, is found in few
+    steps: for blocks, for what is taken once, and where the engine itself has a bound.
+    """
     asked = []
 
-    def holds(number):
+    def takes(number):
         asked.append(number)
-        return number <= limit
+        return math.inf if number > bound else fixed + slope * math.ceil(number / block) * block
 
-    assert _largest(holds, most, guess=guess) == min(limit, most)
+    found = _largest(takes, available, most, min(first, most))
+    assert found == 0 or takes(found) <= available
+    assert found == most or takes(found + 1) > available
     assert all(1 <= number <= most for number in asked)
-    assert len(asked) <= 90
+    assert len(asked) <= 92
 
 
 @pytest.mark.parametrize("engine", engine_names())

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple, Protocol, cast
 from kvcalc.config import FieldUse
 from kvcalc.dtypes import StorageFormat
 from kvcalc.engines._options import Option, read_options
+from kvcalc.engines._same import Same
 from kvcalc.errors import ConfigError, InputError
 from kvcalc.families import Architecture
 from kvcalc.layers import Layer
 
-__all__ = ["Engine", "Option", "Plan", "engine_names", "load_engine", "read_options"]
+__all__ = ["Engine", "Option", "Plan", "Same", "engine_names", "load_engine", "read_options"]
 
 
 class Plan(NamedTuple):

@@ -24,12 +24,13 @@ the block outermost (KV connectors) and decode context parallelism are not cover
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from math import lcm
 from typing import Any, ClassVar, NamedTuple, Self
 
 from kvcalc.config import FieldUse
 from kvcalc.dtypes import COMPUTE_DTYPES, StorageFormat, storage_format
-from kvcalc.engines import Option, Plan
+from kvcalc.engines import Option, Plan, Same
 from kvcalc.errors import ConfigError, InputError, UnsupportedError
 from kvcalc.families import Architecture
 from kvcalc.layers import (
@@ -428,14 +429,7 @@ def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer
             raise use
         defaults = {name: option.default for name, option in OPTIONS.items()}
         plan = Plan(1, 1, storage_format(str(use.value)), 1, 1, defaults)
-    layout = _layout(architecture, plan)
-    padding = tuple(
-        BlocksLayer(layer=None, spec=group.spec, copies=plan.tp)
-        for group in layout.groups.groups
-        for _ in range(group.padding)
-    )
-    kept = {id(layer): layer.each(layout.stored) for layer in _each_once(layout.layers)}
-    return tuple(kept[id(layer)] for layer in layout.layers) + padding
+    return _layout(architecture, plan).laid_out
 
 
 def _each_once(layers: Sequence[Layer]) -> Iterable[Layer]:
@@ -443,15 +437,28 @@ def _each_once(layers: Sequence[Layer]) -> Iterable[Layer]:
     return {id(layer): layer for layer in layers}.values()
 
 
-class _Layout(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
     """The decoder's and prediction layers, with the spec of each of their parts."""
 
+    tp: int
     layers: tuple[Layer, ...]
     specs: Mapping[Layer, Spec]
     groups: Groups
     block_tokens: int
     copies: Mapping[Layer, int]
     shown: Mapping[Layer, Layer]
+
+    @cached_property
+    def laid_out(self) -> tuple[Layer, ...]:
+        """The layers as they are stored, and the padding."""
+        padding = tuple(
+            BlocksLayer(layer=None, spec=group.spec, copies=self.tp)
+            for group in self.groups.groups
+            for _ in range(group.padding)
+        )
+        kept = {id(layer): layer.each(self.stored) for layer in _each_once(self.layers)}
+        return tuple(kept[id(layer)] for layer in self.layers) + padding
 
     def stored(self, part: Layer) -> Layer:
         """A part as it is stored."""
@@ -470,7 +477,33 @@ class _Layout(NamedTuple):
                 yield self.groups.changed[self.specs[part]].page_bytes
 
 
+def _check_length(plan: Plan) -> None:
+    length = plan.options["max_model_len"]
+    if length is not None and 0 < length < plan.tokens:
+        msg = (
+            f"vLLM takes no {plan.tokens:,} tokens with max_model_len {length:,}; leave "
+            "max_model_len out or make it larger"
+        )
+        raise InputError(msg)
+
+
 def _layout(architecture: Architecture, plan: Plan) -> _Layout:
+    """It is the same for every length and batch."""
+    _check_length(plan)
+    options = tuple(plan.options.items())
+    return _layout_of(Same(architecture), plan.dtype, plan.tp, plan.pp, options)
+
+
+@lru_cache(maxsize=64)
+def _layout_of(
+    same: Same[Architecture],
+    dtype: StorageFormat,
+    tp: int,
+    pp: int,
+    options: tuple[tuple[str, Any], ...],
+) -> _Layout:
+    """Remembered: a search goes over many lengths."""
+    architecture, plan = same.it, Plan(1, 1, dtype, tp, pp, dict(options))
     settings = _Settings.read(architecture, plan)
     layers = architecture.layers + settings.prediction
     parts = [part for layer in layers for part in layer.parts() if not isinstance(part, NoCache)]
@@ -486,6 +519,7 @@ def _layout(architecture: Architecture, plan: Plan) -> _Layout:
         raise UnsupportedError(msg)
     attends = any(not isinstance(part, StateLayer) for part in kinds)
     return _Layout(
+        tp=tp,
         layers=layers,
         specs=specs,
         groups=groups,
@@ -525,13 +559,6 @@ class _Settings:
     def read(cls, architecture: Architecture, plan: Plan) -> Self:
         """Raises InputError for options that cannot be, UnsupportedError for those not covered."""
         options = plan.options
-        length = options["max_model_len"] or plan.tokens
-        if length < plan.tokens:
-            msg = (
-                f"vLLM takes no {plan.tokens:,} tokens with max_model_len {length:,}; leave "
-                "max_model_len out or make it larger"
-            )
-            raise InputError(msg)
         for name in ("block_size", "max_num_batched_tokens", "max_model_len"):
             if options[name] == 0:
                 msg = f"vllm option {name} must be at least 1"

@@ -15,8 +15,9 @@ from pathlib import Path
 import kvcalc
 
 BASELINE = [sys.executable, "-c", "import typer"]
+KVCALC = str(Path(sys.executable).parent / "kvcalc")
 COMMAND = [
-    str(Path(sys.executable).parent / "kvcalc"),
+    KVCALC,
     *("size", "meta-llama/Llama-3-8B", "--seq", "128k", "--json"),
 ]
 

@@ -32,7 +32,7 @@ from kvcalc.fitting import FitReport
 from kvcalc.hardware import load_gpu
 from kvcalc.layers import FullAttention, LatentAttention
 from kvcalc.layers.mixed import IndexKeys, NoCache
-from kvcalc.sizing import MAX_BATCH, MAX_RANKS
+from kvcalc.sizing import MAX_BATCH, MAX_RANKS, rank_bytes
 from kvcalc.sources.local import SUFFIXES
 from kvcalc.strict_yaml import (
     Fields,
@@ -633,9 +633,16 @@ class _Runs:
         key = (deployment.model, deployment.given.get("revision"), size.kv_dtype, size.seq_tokens)
         if key not in self._tokens:
             try:
-                self._tokens[key] = api.size_point(
-                    model.architecture, model.origin, seq=size.seq_tokens, kv_dtype=size.kv_dtype
-                ).bytes_per_token
+                taken = rank_bytes(
+                    model.architecture,
+                    kv_dtype=size.kv_dtype,
+                    engine="model",
+                    tp=1,
+                    pp=1,
+                    options={},
+                )
+                tokens = size.seq_tokens
+                self._tokens[key] = taken(tokens + 1, 1) - taken(tokens, 1)
             except KvcalcError:  # what it needs (an encoder's length) is not asked here
                 self._tokens[key] = None
         return self._tokens[key]

@@ -14,7 +14,7 @@ from kvcalc.engines import Plan, load_engine, read_options
 from kvcalc.errors import InputError
 from kvcalc.families import Architecture
 from kvcalc.origin import Origin
-from kvcalc.sizing import MAX_BATCH, SizeReport, bytes_per_rank, size_architecture
+from kvcalc.sizing import MAX_BATCH, SizeReport, rank_bytes, size_architecture
 from kvcalc.units import MAX_TOKENS, check_count
 
 SCHEMA = "kvcalc.fit/1"
@@ -106,15 +106,17 @@ def fit_architecture(
         "options": options or {},
     }
 
-    def takes(tokens: int, batch: int) -> float:
-        try:
-            return bytes_per_rank(architecture, seq_tokens=tokens, batch=batch, **point)
-        except InputError:  # an option of the user's bounds what there is room for
-            return inf
-
     report = size_architecture(
         architecture, origin=origin, seq_tokens=seq_tokens, batch=concurrency, **point
     )
+    needed_by = rank_bytes(architecture, **point)
+
+    def takes(tokens: int, batch: int) -> float:
+        try:
+            return needed_by(tokens, batch)
+        except InputError:  # an option of the user's bounds what there is room for
+            return inf
+
     runtime = load_engine(engine)
     plan = Plan(
         seq_tokens,
@@ -134,32 +136,27 @@ def fit_architecture(
         concurrency=concurrency,
         needed_bytes=needed,
         max_concurrency=_largest(
-            lambda batch: takes(seq_tokens, batch), available_bytes, MAX_BATCH, concurrency
+            lambda batch: takes(seq_tokens, batch), available_bytes, MAX_BATCH, concurrency, 1
         ),
         max_tokens=_largest(
-            lambda tokens: takes(tokens, concurrency), available_bytes, MAX_TOKENS, seq_tokens
+            lambda tokens: takes(tokens, concurrency), available_bytes, MAX_TOKENS, seq_tokens, 16
         ),
         printed=room(architecture, plan, available_bytes) if room else {},
     )
 
 
-def _largest(takes: Callable[[int], float], available: int, most: int, first: int) -> int:
+def _largest(
+    takes: Callable[[int], float], available: int, most: int, first: int, step: int
+) -> int:
     """The largest number up to `most` that takes no more than is available; 0 if none.
 
-    `takes` never falls. Bytes are nearly straight in tokens and in requests: looked for where the
-    line through what `first` and a guess take leads, around there farther and farther away, and
-    then by bisection.
+    `takes` never falls. Looked for near where `_straight` leads, then farther and farther away, a
+    `step` at first, and then by bisection.
     """
-
-    def near(value: float) -> int:
-        return int(min(max(value, 1), most))
-
-    first_takes = takes(first)
-    here = near(available * first / first_takes) if 0 < first_takes < inf else near(first)
-    rise = takes(here) - first_takes
-    if here != first and 0 < abs(rise) < inf:
-        here = near(first + (available - first_takes) * (here - first) / rise)
-    low, high, step = 0, most + 1, 1
+    if takes(most) <= available:  # windows alone
+        return most
+    here = _straight(takes, available, most, first, step)
+    low, high = 0, most
     if takes(here) <= available:
         low = here
         while low + step < high and takes(low + step) <= available:
@@ -177,3 +174,22 @@ def _largest(takes: Callable[[int], float], available: int, most: int, first: in
         else:
             high = middle
     return low
+
+
+def _straight(
+    takes: Callable[[int], float], available: int, most: int, first: int, step: int
+) -> int:
+    """Where what is available is taken, if bytes are straight: the line through 0 and `first`,
+    then through the last two points, until it leads no farther than a `step`.
+    """
+    here, before, before_takes = first, 0, 0.0
+    for _ in range(4):
+        here_takes = takes(here)
+        rise = here_takes - before_takes
+        if not 0 < abs(rise) < inf:
+            break
+        line = here + (available - here_takes) * (here - before) / rise
+        here, before, before_takes = int(min(max(line, 1), most)), here, here_takes
+        if abs(here - before) <= step:
+            break
+    return here

@@ -3,7 +3,7 @@
 Everything is integer addition over the layers; no I/O. The result keeps what it was made of.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -175,10 +175,16 @@ def size_architecture(
     plan, chosen, dtype_use = _plan(
         architecture, seq_tokens, batch, kv_dtype, engine, strategy, tp, pp, options or {}
     )
-    stored, segments = _stored(
-        architecture, plan, engine, chosen, encoder_tokens, mtp, seq_tokens - decode_tokens
-    )
     runtime, dtype = load_engine(engine), plan.dtype
+    setting = Setting(
+        _compute_format(architecture, dtype),
+        encoder_tokens,
+        seq_tokens - decode_tokens if chosen.compresses else None,
+    )
+    predicted = _prediction_layers(architecture, engine, mtp)
+    counted = architecture._replace(layers=architecture.layers + predicted) if mtp else architecture
+    layers = runtime.lay_out(counted, plan)
+    stored, segments = _stored_layers(Same(layers), Same(chosen), setting, tp, dtype)
     groups = tuple(each.group(seq_tokens, batch) for each in stored)
     total_bytes = sum(group.total_bytes for group in groups)
     unsharded_bytes = sum(each.unsharded_bytes(seq_tokens, batch) for each in stored)
@@ -224,26 +230,30 @@ def size_architecture(
     )
 
 
-def bytes_per_rank(
+def rank_bytes(
     architecture: Architecture,
     *,
-    seq_tokens: int,
-    batch: int,
     kv_dtype: str,
     engine: str,
     tp: int,
     pp: int,
     options: Mapping[str, Any],
-) -> int:
-    """`SizeReport.bytes_per_rank` alone, for searches that ask for many points.
+) -> Callable[[int, int], int]:
+    """`SizeReport.bytes_per_rank` alone, of tokens and batch, for searches that ask for many.
 
-    Raises what `size_architecture` raises.
+    Raises, as does what it gives, what `size_architecture` raises.
     """
-    plan, chosen, _ = _plan(
-        architecture, seq_tokens, batch, kv_dtype, engine, BASELINE, tp, pp, options
-    )
-    stored, _ = _stored(architecture, plan, engine, chosen, None, 0, seq_tokens)
-    return _bytes_per_rank(stored, plan)
+    plan, chosen, _ = _plan(architecture, 1, 1, kv_dtype, engine, BASELINE, tp, pp, options)
+    setting = Setting(_compute_format(architecture, plan.dtype), None, None)
+    lay_out, same = load_engine(engine).lay_out, Same(chosen)
+
+    def of(tokens: int, batch: int) -> int:
+        here = plan._replace(tokens=tokens, batch=batch)
+        layers = lay_out(architecture, here)
+        stored, _ = _stored_layers(Same(layers), same, setting, tp, plan.dtype)
+        return _bytes_per_rank(stored, here)
+
+    return of
 
 
 def _plan(
@@ -279,27 +289,6 @@ def _plan(
 def _accept(architecture: Same[Architecture], engine: str, tp: int, pp: int) -> None:
     """Raise what the engine refuses; that it does not is remembered."""
     load_engine(engine).refuse(architecture.it, tp=tp, pp=pp)
-
-
-def _stored(
-    architecture: Architecture,
-    plan: Plan,
-    engine: str,
-    chosen: ChosenStrategy,
-    encoder_tokens: int | None,
-    mtp: int,
-    prompt_tokens: int,
-) -> tuple[tuple["_StoredLayer", ...], tuple[Segment, ...]]:
-    """Each distinct layer as the engine and the strategy store it, and their growth."""
-    setting = Setting(
-        _compute_format(architecture, plan.dtype),
-        encoder_tokens,
-        prompt_tokens if chosen.compresses else None,
-    )
-    predicted = _prediction_layers(architecture, engine, mtp)
-    counted = architecture._replace(layers=architecture.layers + predicted) if mtp else architecture
-    layers = load_engine(engine).lay_out(counted, plan)
-    return _stored_layers(Same(layers), Same(chosen), setting, plan.tp, plan.dtype)
 
 
 class _StoredLayer(NamedTuple):
@@ -437,14 +426,10 @@ def _bytes_per_rank(stored: Sequence[_StoredLayer], plan: Plan) -> int:
     """
     sizes = [each.layer_bytes(plan.tokens, plan.batch) for each in stored]
     if plan.pp == 1:
-        total = sum(
-            len(each.indices) * size for each, size in zip(stored, sizes, strict=True)
-        )
+        total = sum(len(each.indices) * size for each, size in zip(stored, sizes, strict=True))
         return total // plan.tp
     placed = sorted(
-        (index, size)
-        for each, size in zip(stored, sizes, strict=True)
-        for index in each.indices
+        (index, size) for each, size in zip(stored, sizes, strict=True) for index in each.indices
     )
     if plan.pp > len(placed):
         msg = f"--pp {plan.pp} is more stages than the model has layers ({len(placed)})"

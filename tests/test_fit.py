@@ -25,8 +25,9 @@ COMMAND = "vllm serve meta-llama/Llama-3-8B --max-model-len 8192 --port 80"
     fixed=st.integers(0, 2**30),
     block=st.integers(1, 300),
     bound=st.integers(1, 2**41),
+    step=st.integers(1, 64),
 )
-def test_the_largest_that_holds_is_found(available, most, first, slope, fixed, block, bound):
+def test_the_largest_that_holds_is_found(available, most, first, slope, fixed, block, bound, step):
     """The last number that takes no more than there is, or the most there may be, is found in few
     steps: for blocks, for what is taken once, and where the engine itself has a bound.
     """
@@ -36,7 +37,7 @@ def test_the_largest_that_holds_is_found(available, most, first, slope, fixed, b
         asked.append(number)
         return math.inf if number > bound else fixed + slope * math.ceil(number / block) * block
 
-    found = _largest(takes, available, most, min(first, most))
+    found = _largest(takes, available, most, min(first, most), step)
     assert found == 0 or takes(found) <= available
     assert found == most or takes(found + 1) > available
     assert all(1 <= number <= most for number in asked)

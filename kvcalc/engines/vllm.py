@@ -393,7 +393,6 @@ def pool(architecture: Architecture, plan: Plan) -> Pool:
 
     Of pipeline stages the largest is meant, as in a report.
     """
-    refuse(architecture, tp=plan.tp, pp=plan.pp)
     layout = _layout(architecture, plan)
     length = plan.options["max_model_len"] or plan.tokens
     bytes_per_block = layout.groups.bytes_per_block
@@ -504,6 +503,7 @@ def _layout_of(
 ) -> _Layout:
     """Remembered: a search goes over many lengths."""
     architecture, plan = same.it, Plan(1, 1, dtype, tp, pp, dict(options))
+    refuse(architecture, tp=tp, pp=pp)
     settings = _Settings.read(architecture, plan)
     layers = architecture.layers + settings.prediction
     parts = [part for layer in layers for part in layer.parts() if not isinstance(part, NoCache)]

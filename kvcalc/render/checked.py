@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from html import escape
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape, quoteattr
 
 from kvcalc.checking import FIGURES, Change, CheckReport, Outcome, Result
 from kvcalc.errors import OutputError
@@ -227,12 +227,12 @@ def junit_xml(report: CheckReport) -> str:
 
 
 def _problem(kind: str, message: str, status: str) -> str:
-    text = escape(_printable(message))
+    text = escape(_printable(message), quote=False)
     return f"<{kind} message={_attribute(message)} type={_attribute(status)}>{text}</{kind}>"
 
 
 def _attribute(value: str) -> str:
-    return quoteattr(_printable(value))
+    return f'"{escape(_printable(value))}"'
 
 
 def _printable(value: str) -> str:

@@ -4,8 +4,7 @@ from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from itertools import product
 from os import PathLike, fspath
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvcalc import sources
 from kvcalc.budget import BudgetLine, gpu_budget
@@ -19,6 +18,9 @@ from kvcalc.sizing import MAX_RANKS, Segment, SizeReport, size_architecture
 from kvcalc.sources import catalogue
 from kvcalc.strategies import ALL, ChosenStrategy, load_strategy, strategy_names
 from kvcalc.units import MAX_TOKENS, check_count, parse_bytes, parse_tokens, shown
+
+if TYPE_CHECKING:
+    from kvcalc.hardware import Gpu
 
 TABLE_SCHEMA = "kvcalc.size-table/1"
 
@@ -102,7 +104,7 @@ def fit(
     model: str | PathLike[str] | Mapping[str, Any] | Model,
     *,
     kv_memory: int | str | None = None,
-    gpu: str | None = None,
+    gpu: "str | Gpu | None" = None,
     share: float | str | None = None,
     reserve: int | str | None = None,
     seq: int | str | None = None,
@@ -118,7 +120,7 @@ def fit(
 
     `model` and the engine's parameters are those of `size`. The memory is `kv_memory` in bytes
     (`"20GiB"`), as vLLM prints it ("Available KV cache memory"), or what is left of each `gpu` (an
-    id of `kvcalc gpus`, or a file): the engine's `share` of it, less the weights and a `reserve`
+    id of `kvcalc gpus`, a YAML file, or `auto`): the engine's `share`, less weights and a `reserve`
     for activations, context and graphs. Without `seq` the model's own maximum is meant.
     Raises what `size` raises.
     """
@@ -140,7 +142,7 @@ def fit(
         )
         raise InputError(msg)
     else:
-        from kvcalc.hardware import load_gpu, read_gpu
+        from kvcalc.device import choose_gpu
         from kvcalc.weights import weights_of
 
         check_count(tp, name="tp", most=MAX_RANKS)
@@ -148,7 +150,7 @@ def fit(
         weights = weights_of(config, complete=origin.completeness == "verbatim")
         weights_bytes = weights.num_bytes
         lines = gpu_budget(
-            read_gpu(Path(gpu)) if gpu.endswith((".yaml", ".yml")) else load_gpu(gpu),
+            choose_gpu(gpu, ranks=tp * pp),
             weights,
             engine=engine,
             ranks=tp * pp,

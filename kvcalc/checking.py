@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from kvcalc import api
 from kvcalc.data import profiles_folder
+from kvcalc.device import AUTO
 from kvcalc.dtypes import storage_format
 from kvcalc.engines import Plan, load_engine, read_options
 from kvcalc.errors import (
@@ -29,7 +30,7 @@ from kvcalc.errors import (
     UnsupportedError,
 )
 from kvcalc.fitting import FitReport
-from kvcalc.hardware import load_gpu
+from kvcalc.hardware import is_file, named_gpu
 from kvcalc.layers import FullAttention, LatentAttention
 from kvcalc.layers.mixed import IndexKeys, NoCache
 from kvcalc.sizing import MAX_BATCH, MAX_RANKS, rank_bytes
@@ -92,7 +93,7 @@ KEYS: Mapping[str, str] = {
     "model": "catalogue name, Hugging Face id, or a config.json or folder beside this file",
     "revision": "branch, tag or commit on the Hub",
     "kv_memory": "memory of each rank for its cache, as the engine prints it: 30GiB",
-    "gpu": "an id that kvcalc gpus lists; else kv_memory",
+    "gpu": "an id that kvcalc gpus lists, or a YAML beside this file; else kv_memory",
     "share": "the engine's share of the GPU; else its default",
     "reserve": "what activations, context and graphs take of each GPU: 3GiB",
     "count": "GPUs of the deployment: tp × pp",
@@ -407,7 +408,7 @@ def _point(given: _Given, workload: _Given) -> tuple[dict[str, Any], Fraction]:
     """What `api.fit` is to be given, each value checked where it stands, and the prefix share."""
     readers: dict[str, Callable[[str], Any]] = {
         "revision": str,
-        "gpu": lambda said: load_gpu(said).id,
+        "gpu": lambda said: _gpu(said, given["gpu"][0].file),
         "kv_memory": lambda said: _bytes(said, "kv_memory"),
         "share": _gpu_share,
         "reserve": lambda said: _bytes(said, "reserve"),
@@ -449,6 +450,16 @@ def _options(place: Place, node: Node, *, engine: str) -> dict[str, str]:
         except InputError as error:
             raise at.wrong(str(error)) from None
     return options
+
+
+def _gpu(said: str, file: str) -> str:
+    """A GPU that is known; a path counts from the file that names it."""
+    if said == AUTO:
+        msg = "auto would depend on the machine that checks: name an id of kvcalc gpus, or a YAML"
+        raise InputError(msg)
+    named = str(Path(file).parent / Path(said).expanduser()) if is_file(said) else said
+    named_gpu(named)
+    return named
 
 
 def _rank_count(said: str) -> int:

@@ -147,7 +147,7 @@ def fit(
         str | None, typer.Option(help="Memory of each rank for its cache: 20GiB, 6.22GiB.")
     ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Or of what is left of a GPU: an id, or its YAML.")
+        str | None, typer.Option(help="Or of what is left of a GPU: an id, its YAML or auto.")
     ] = None,
     share: Annotated[
         str | None, typer.Option(help="The engine's share of it (vLLM: utilisation).")
@@ -251,38 +251,44 @@ def check(
 
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Like size.")],
-    reserve: Annotated[
-        str, typer.Option(help="What activations and graphs take of each GPU: 3GiB.")
-    ],
     seq: Annotated[
         str | None, typer.Option(help="Tokens of a request; else the model's maximum.")
     ] = None,
     concurrency: Annotated[int, typer.Option(help="Requests at once.")] = 1,
     gpu: Annotated[
-        list[str] | None, typer.Option(help="An id of kvcalc gpus; repeat; else all.")
+        list[str] | None, typer.Option(help="An id, a YAML or auto; repeat. Else all known.")
+    ] = None,
+    max_gpus: Annotated[int, typer.Option(help="Most GPUs of a deployment.")] = 8,
+    prices: Annotated[
+        Path | None, typer.Option(help="YAML of prices; cheapest first if all have one.")
     ] = None,
     engine: Annotated[str, typer.Option(help="Whose rules.")] = "vllm",
     option: Annotated[
         list[str] | None, typer.Option(help="The engine's own: block_size=32.")
     ] = None,
     share: Annotated[str | None, typer.Option(help="The engine's share of a GPU.")] = None,
+    reserve: Annotated[
+        str | None, typer.Option(help="What activations and graphs take of each: 3GiB.")
+    ] = None,
     kv_dtype: Annotated[list[str] | None, typer.Option(help="Tried: auto and fp8.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     json: Json = False,
 ) -> None:
-    """List the GPUs, and how many of them, that serve so many requests."""
+    """List the GPUs, and how many of them, that serve so many requests: least memory first."""
     from kvcalc import api, planning
 
     found = planning.plan(
         model,
-        reserve=reserve,
         gpus=_items(gpu, "--gpu"),
         kv_dtypes=_items(kv_dtype, "--kv-dtype") or ("auto", "fp8"),
+        max_gpus=max_gpus,
+        prices=prices,
         revision=revision,
         seq=seq,
         concurrency=concurrency,
         engine=engine,
         share=share,
+        reserve=reserve,
         options=api.engine_options(_items(option, "--option")),
     )
     if json:
@@ -296,7 +302,10 @@ def plan(
 
         text.print_plan(found)
     if not found:
-        _complain("no GPU that is known holds them, with 8 of it; give fewer or shorter requests")
+        _complain(
+            f"no GPU that is known holds them, with up to {max_gpus} of it; give fewer or shorter "
+            "requests, or more --max-gpus"
+        )
         raise typer.Exit(EXIT_FAILED)
 
 

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kvcalc.data import profiles_folder
 from kvcalc.errors import ConfigError, InputError
+from kvcalc.strict_yaml import Node, Place, Scalar, items, read, record, text
 from kvcalc.units import shown
 
 if TYPE_CHECKING:
-    from yaml import Node
+    from decimal import Decimal
 
 
 class Figure(NamedTuple):
@@ -26,6 +27,15 @@ class Figure(NamedTuple):
     value: int
     source: str
     date: datetime.date
+
+
+class Price(NamedTuple):
+    """What a user pays for an hour of one GPU, and where that stands; none is bundled."""
+
+    value: "Decimal"
+    currency: str
+    source: str
+    date: datetime.date | None = None
 
 
 class Gpu(NamedTuple):
@@ -49,12 +59,12 @@ class Gpu(NamedTuple):
     pcie_bytes_per_second: Figure | None
     power_watts: Figure | None
     notes: str | None
+    price_per_hour: Price | None = None
 
 
 FIGURES = tuple(name for name, kind in Gpu.__annotations__.items() if kind == Figure | None)
 """The fields of a Gpu that are figures."""
 
-_TAG = "tag:yaml.org,2002:"
 _VENDOR = re.compile(r"^(nvidia|amd|intel) ")
 
 
@@ -106,110 +116,95 @@ def _normal(name: str) -> str:
     return _VENDOR.sub("", re.sub(r"[\s_-]+", " ", text).strip())
 
 
+def named_gpu(said: str) -> Gpu:
+    """The accelerator of an id, or of a YAML file written like those of `profiles/gpus/`."""
+    return read_gpu(Path(said).expanduser()) if is_file(said) else load_gpu(said)
+
+
+def is_file(said: str) -> bool:
+    """Whether a GPU is named by its file."""
+    return said.endswith((".yaml", ".yml"))
+
+
 def read_gpu(path: Path) -> Gpu:
-    """Read one file strictly; ConfigError with file and key for what is not as it should be,
-    InputError for a file that cannot be read.
-
-    The nodes of the YAML are read as they were written and never constructed: no tag can run code,
-    and `no`, `1:30`, `010` and `3.35e12` do not turn into something else on the way.
+    """Read one file strictly; InputError with file, line and key for what is not as it should be,
+    and for a file that cannot be read. Only a user's own file has a price.
     """
-    import yaml
+    place, root = read(path, remedy="; kvcalc gpus lists the ids there are")
+    at = record(place, root, Gpu._fields[1:-1], optional=Gpu._fields[-1:])
 
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is four times as fast
-    try:
-        root = yaml.compose(path.read_text("utf-8"), Loader=loader)
-    except OSError as error:
-        msg = f"cannot read {path}: {error.strerror or error}; kvcalc gpus lists the ids there are"
-        raise InputError(msg) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        msg = f"{path.name}: not YAML: {' '.join(str(error).split())}"
-        raise ConfigError(msg) from None
-    fields = _fields(root, path.name, Gpu._fields[1:])
-    where = {key: f"{path.name}: {key}" for key in fields}
+    given = {
+        key: (here, node)
+        for key, (here, node) in at.items()
+        if not (isinstance(node, Scalar) and node.is_null)
+    }
 
     def text_or_none(key: str) -> str | None:
-        return None if _is_null(fields[key]) else _text(fields[key], where[key])
+        return text(*given[key]) if key in given else None
 
-    figures = {
-        key: None if _is_null(fields[key]) else _figure(fields[key], where[key]) for key in FIGURES
-    }
     return Gpu(
         id=path.stem,
-        name=_text(fields["name"], where["name"]),
-        also=_texts(fields["also"], where["also"]),
-        vendor=_text(fields["vendor"], where["vendor"]),
+        name=text(*at["name"]),
+        also=tuple(text(*item) for item in items(*at["also"])),
+        vendor=text(*at["vendor"]),
         architecture=text_or_none("architecture"),
         compute_capability=text_or_none("compute_capability"),
         notes=text_or_none("notes"),
-        **figures,
+        price_per_hour=_price(*given["price_per_hour"]) if "price_per_hour" in given else None,
+        **{key: _figure(*given[key]) if key in given else None for key in FIGURES},
     )
 
 
-def _figure(node: "Node", where: str) -> Figure:
-    fields = _fields(node, where, Figure._fields)
-    return Figure(
-        value=_whole(fields["value"], f"{where}.value"),
-        source=_text(fields["source"], f"{where}.source"),
-        date=_date(fields["date"], f"{where}.date"),
+def read_amount(place: Place, node: Node) -> "Decimal":
+    """A price as it is written: 2.49. There is none below zero, and none of a million."""
+    from decimal import Decimal
+
+    said = text(place, node, wanted="a price such as 2.49")
+    if not re.fullmatch(r"(0|[1-9][0-9]{0,5})(\.[0-9]{1,6})?", said):
+        msg = f"must be a price such as 2.49, not {shown(said)}"
+        raise place.wrong(msg)
+    return Decimal(said)
+
+
+def read_currency(place: Place, node: Node) -> str:
+    """A currency's three letters (ISO 4217)."""
+    said = text(place, node)
+    if not re.fullmatch(r"[A-Z]{3}", said):
+        msg = f"must be a currency such as USD, not {shown(said)}"
+        raise place.wrong(msg)
+    return said
+
+
+def _price(place: Place, node: Node) -> Price:
+    at = record(place, node, ("value", "currency"), optional=("source", "date"))
+    return Price(
+        value=read_amount(*at["value"]),
+        currency=read_currency(*at["currency"]),
+        source=text(*at["source"]) if "source" in at else place.file,
+        date=_date(*at["date"]) if "date" in at else None,
     )
 
 
-def _fields(node: "Node | None", where: str, keys: tuple[str, ...]) -> "dict[str, Node]":
-    """The values of a mapping that has exactly these keys, each once."""
-    if node is None or node.tag != f"{_TAG}map":
-        raise _wrong(node, where, "keys and values")
-    fields: dict[str, Node] = {}
-    for key_node, value in node.value:
-        key = _text(key_node, f"{where}: a key")
-        if key in fields:
-            msg = f"{where}: duplicate key {shown(key)}"
-            raise ConfigError(msg)
-        if key not in keys:
-            msg = f"{where}: unknown key {shown(key)}; the keys are {', '.join(keys)}"
-            raise ConfigError(msg)
-        fields[key] = value
-    if missing := [key for key in keys if key not in fields]:
-        msg = f"{where}: missing key {missing[0]!r}"
-        raise ConfigError(msg)
-    return fields
+def _figure(place: Place, node: Node) -> Figure:
+    at = record(place, node, Figure._fields)
+    return Figure(_whole(*at["value"]), text(*at["source"]), _date(*at["date"]))
 
 
-def _is_null(node: "Node") -> bool:
-    return node.tag == f"{_TAG}null"
-
-
-def _text(node: "Node", where: str) -> str:
-    if node.tag != f"{_TAG}str" or not node.value.strip():
-        raise _wrong(node, where, "text")
-    return str(node.value)
-
-
-def _texts(node: "Node", where: str) -> tuple[str, ...]:
-    if node.tag != f"{_TAG}seq":
-        raise _wrong(node, where, "a list of texts")
-    return tuple(_text(item, where) for item in node.value)
-
-
-def _whole(node: "Node", where: str) -> int:
+def _whole(place: Place, node: Node) -> int:
     """A positive decimal integer, as PyYAML and every other reader of YAML understand it."""
-    if node.tag != f"{_TAG}int" or not re.fullmatch(r"[1-9][0-9]{0,19}", node.value):
-        raise _wrong(node, where, "a positive whole number in decimal digits")
-    return int(node.value)
+    said = text(place, node, wanted=(wanted := "a positive whole number in decimal digits"))
+    if not re.fullmatch(r"[1-9][0-9]{0,19}", said):
+        msg = f"must be {wanted}, not {shown(said)}"
+        raise place.wrong(msg)
+    return int(said)
 
 
-def _date(node: "Node", where: str) -> datetime.date:
-    if node.tag == f"{_TAG}timestamp" and re.fullmatch(r"\d{4}-\d\d-\d\d", node.value):
+def _date(place: Place, node: Node) -> datetime.date:
+    said = text(place, node, wanted=(wanted := "a date such as 2026-11-25"))
+    if re.fullmatch(r"\d{4}-\d\d-\d\d", said):
         try:
-            return datetime.date.fromisoformat(node.value)
+            return datetime.date.fromisoformat(said)
         except ValueError:
             pass  # the thirtieth of February
-    raise _wrong(node, where, "a date such as 2026-11-25")
-
-
-def _wrong(node: "Node | None", where: str, wanted: str) -> ConfigError:
-    """The error for a node of another kind: where it stands, and what as YAML understands it."""
-    if node is None:
-        return ConfigError(f"{where}: must be {wanted}, not empty")
-    found = shown(node.value) if isinstance(node.value, str) else "several values"
-    kind = node.tag.removeprefix(_TAG)
-    return ConfigError(f"{where}: must be {wanted}, not {found} (to YAML: {kind})")
+    msg = f"must be {wanted}, not {shown(said)}"
+    raise place.wrong(msg)

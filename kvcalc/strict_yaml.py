@@ -5,7 +5,7 @@ and `no`, `1:30`, `010` and `1_000` stay the text that stands there. A key stand
 merges, what is written beside it goes before. Size, nesting and what aliases stand for are bounded.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeAlias
@@ -96,13 +96,15 @@ class Fields:
 Node: TypeAlias = Scalar | List | Fields
 
 
-def read(path: Path) -> tuple[Place, Node]:
-    """The root of a file; InputError with line and keys for what is no YAML that we take."""
+def read(path: Path, *, remedy: str = "") -> tuple[Place, Node]:
+    """The root of a file; InputError with line and keys for what is no YAML that we take, and with
+    a `remedy` for a file that cannot be read.
+    """
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except OSError as error:
-        msg = f"cannot read {path}: {error.strerror or error}"
+        msg = f"cannot read {path}: {error.strerror or error}{remedy}"
         raise InputError(msg) from None
     if len(raw) > MAX_BYTES:
         msg = f"the file is larger than {MAX_BYTES:,} bytes, which end here; split it"
@@ -293,6 +295,20 @@ def fields(
             msg = f"unknown key {shown(key)}{did_you_mean(key, known)}"
             raise Place(place.file, line, place.path).wrong(msg)
         yield key, place.below(key, line), value
+
+
+def record(
+    place: Place, node: Node, keys: Sequence[str], optional: Sequence[str] = ()
+) -> dict[str, tuple[Place, Node]]:
+    """Each key's place and value, of keys and values that have all of `keys`, perhaps those that
+    are `optional`, and no other.
+    """
+    known = dict.fromkeys((*keys, *optional))
+    found = {key: (at, value) for key, at, value in fields(place, node, known)}
+    if missing := [repr(key) for key in keys if key not in found]:
+        msg = f"missing key{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        raise place.wrong(msg)
+    return found
 
 
 def did_you_mean(word: str, known: Mapping[str, Any]) -> str:

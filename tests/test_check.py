@@ -596,6 +596,38 @@ def test_errors_are_kvcalc_errors():
     assert (str(error), error.place.line, error.exit_code) == ("f:3: a.b: no", 3, 2)
 
 
+def test_a_gpus_own_file_stands_beside_the_check(tmp_path, monkeypatch):
+    """A path counts from the file that names it, wherever the check runs."""
+    (tmp_path / "gpus").mkdir()
+    own = (ROOT / "profiles" / "gpus" / "h100-sxm-80gb.yaml").read_text("utf-8")
+    (tmp_path / "gpus" / "mine.yaml").write_text(own, "utf-8")
+    monkeypatch.chdir(ROOT)
+    budget = "gpu: {}\n  share: 0.9\n  reserve: 4GiB"
+    own, known = (
+        checked_text(tmp_path, GOOD.replace("kv_memory: 20GiB", budget.format(gpu)))
+        for gpu in ("gpus/mine.yaml", "h100-sxm-80gb")
+    )
+    assert own.results[0].figures == known.results[0].figures
+
+
+@pytest.mark.parametrize(
+    ("gpu", "reason"),
+    [
+        ("auto", "auto would depend on the machine that checks: name an id of kvcalc gpus"),
+        ("none.yaml", "cannot read .*none.yaml: No such file"),
+        ("wrong.yaml", r".*wrong\.yaml:1: name: must be text, not a list"),
+    ],
+)
+def test_a_gpu_that_is_none_is_told_where_it_is_named(gpu, reason, tmp_path):
+    """The line is that of the check's file; of a GPU's own file its line stands beside it."""
+    names = (ROOT / "profiles" / "gpus" / "l4.yaml").read_text("utf-8").splitlines()
+    (tmp_path / "wrong.yaml").write_text("\n".join(["name: [L4]", *names[1:]]), "utf-8")
+    text = GOOD.replace("kv_memory: 20GiB", f"gpu: {gpu}\n  reserve: 4GiB")
+    ((place, error),) = checked_text(tmp_path, text).errors
+    assert place.line == text[: text.index("gpu: ")].count("\n") + 1
+    assert re.search(f"gpu: {reason}", str(error))
+
+
 def test_a_gpu_gives_what_fit_works_out(tmp_path):
     """With `gpu`, `share` and `reserve` the memory and the weights are those of `fit`."""
     budget = {"gpu": "h100-sxm-80gb", "share": "0.9", "reserve": 4 * GIB}

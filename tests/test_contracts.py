@@ -57,7 +57,7 @@ RANKS = (
     ("layers", "config"),
     ("families", "strategies"),
     ("engines", "hardware"),
-    ("weights",),
+    ("weights", "device"),
     ("budget",),
     ("sizing",),
     ("fitting",),

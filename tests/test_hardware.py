@@ -1,4 +1,5 @@
 import datetime
+from decimal import Decimal
 
 import pytest
 
@@ -240,66 +241,98 @@ def test_a_good_file_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "complaint"),
+    ("old", "new", "line", "complaint"),
     [
-        ("notes: null", "notes: null\ncolour: red", "unknown key 'colour'"),
-        ("notes: null", "", "missing key 'notes'"),
-        ("notes: null", "notes: null\nvendor: amd", "duplicate key 'vendor'"),
-        (", date: 2026-11-25}\nus", "}\nus", "memory_bytes: missing key 'date'"),
+        ("notes: null", "notes: null\ncolour: red", 18, "unknown key 'colour'"),
+        ("notes: null", "", 1, "missing key 'notes'"),
+        ("pcie_bytes_per_second: null\npower_watts: null\n", "", 1, "keys 'pcie_.*', 'power_w"),
+        ("notes: null", "notes: null\nvendor: amd", 18, "duplicate key 'vendor'.* line 3"),
+        (", date: 2026-11-25}\nus", "}\nus", 6, "memory_bytes: missing key 'date'"),
         (
             'source: "https://example.org", date: 2026-11-25}\nus',
             "date: 2026-11-25}\nus",
-            "'source'",
+            6,
+            "memory_bytes: missing key 'source'",
         ),
-        ("{value: 85899345920", "{value: 1, value: 85899345920", "memory_bytes: duplicate key"),
-        ("{value: 85899345920", "{unit: B, value: 85899345920", "memory_bytes: unknown key 'unit'"),
-        ("3350000000000", "3.35e12", "bandwidth_bytes_per_second.value: must be a positive whole"),
-        ("3350000000000", "3.35e+12", r"'3.35e\+12' \(to YAML: float\)"),
-        ("85899345920", "1:30", "memory_bytes.value: .*'1:30'"),
-        ("85899345920", "0x10", "memory_bytes.value: .*'0x10'"),
-        ("85899345920", "010", "memory_bytes.value: .*'010'"),
-        ("85899345920", "-1", "memory_bytes.value: .*'-1'"),
-        ("85899345920", "0", "memory_bytes.value: .*'0'"),
-        ("85899345920", "true", "memory_bytes.value: .*bool"),
-        ("85899345920", "null", "memory_bytes.value: .*null"),
-        ("85899345920", '"85899345920"', "memory_bytes.value: .*str"),
-        ("85899345920", "[1]", "memory_bytes.value: .*several values"),
-        ("85899345920", "9" * 30, "memory_bytes.value: must be"),
-        ("usable_bytes: null", "usable_bytes: 5", "usable_bytes: must be keys and values"),
-        ('"9.0"', "9.0", "compute_capability: must be text, not '9.0'"),
-        ("vendor: nvidia", "vendor: no", "vendor: must be text, not 'no'"),
-        ("vendor: nvidia", "vendor: ' '", "vendor: must be text"),
-        ("name: NVIDIA Test 1", "name: null", "name: must be text"),
-        ("also: [test-1]", "also: test-1", "also: must be a list of texts"),
-        ("also: [test-1]", "also: [1]", "also: must be text, not '1'"),
-        ("2026-11-25}\nus", "yesterday}\nus", "memory_bytes.date: must be a date"),
-        ("2026-11-25}\nus", "2026-02-30}\nus", "memory_bytes.date: must be a date"),
-        ("2026-11-25}\nus", "2026-11-25 10:00:00}\nus", "memory_bytes.date: must be a date"),
-        ("notes: null", "<<: {notes: null}", "a key: must be text, not '<<'"),
-        ("notes: null", "? [notes]\n: null", "a key: must be text"),
-        ("notes: null", "notes: *nothing", "not YAML: .*undefined alias"),
-        ("notes: null", "notes: null\n---\nname: x", "not YAML: "),
-        ("notes: null", "notes: [", "not YAML: "),
-        (GOOD, "", "must be keys and values, not empty"),
-        (GOOD, "- a list", "must be keys and values, not several values"),
+        ("{value: 85899345920", "{value: 1, value: 85899345920", 6, "memory_bytes: duplicate key"),
+        ("{value: 85899345920", "{unit: B, value: 1", 6, "memory_bytes: unknown key 'unit'"),
+        ("3350000000000", "3.35e12", 8, "bandwidth_bytes_per_second.value: must be a positive wh"),
+        ("3350000000000", "3.35e+12", 8, r"not '3.35e\+12'"),
+        ("85899345920", "1:30", 6, "memory_bytes.value: .*'1:30'"),
+        ("85899345920", "0x10", 6, "memory_bytes.value: .*'0x10'"),
+        ("85899345920", "010", 6, "memory_bytes.value: .*'010'"),
+        ("85899345920", "-1", 6, "memory_bytes.value: .*'-1'"),
+        ("85899345920", "0", 6, "memory_bytes.value: .*'0'"),
+        ("85899345920", "true", 6, "memory_bytes.value: .*'true'"),
+        ("85899345920", "null", 6, "memory_bytes.value: .*not empty"),
+        ("85899345920", "[1]", 6, "memory_bytes.value: .*not a list"),
+        ("85899345920", "9" * 30, 6, "memory_bytes.value: must be"),
+        ("usable_bytes: null", "usable_bytes: 5", 7, "usable_bytes: must be keys and values, not"),
+        ("vendor: nvidia", "vendor: ' '", 3, "vendor: must be text"),
+        ("name: NVIDIA Test 1", "name: null", 1, "name: must be text"),
+        ("also: [test-1]", "also: {a: 1}", 2, "also: must be a list"),
+        ("also: [test-1]", "also: [[1]]", 2, r"also\[0\]: must be text"),
+        ("2026-11-25}\nus", "yesterday}\nus", 6, "memory_bytes.date: must be a date"),
+        ("2026-11-25}\nus", "2026-02-30}\nus", 6, "memory_bytes.date: must be a date"),
+        ("2026-11-25}\nus", "2026-11-25 10:00:00}\nus", 6, "memory_bytes.date: must be a date"),
+        ("notes: null", "? [notes]\n: null", 17, "a key must be text"),
+        ("notes: null", "notes: *nothing", 17, "no anchor &nothing"),
+        ("notes: null", "notes: null\n---\nname: x", 18, "a second document"),
+        ("notes: null", "notes: [", 18, "not YAML: "),
+        ("notes: null", "notes: null\nprice_per_hour: 2", 18, "price_per_hour: must be keys and v"),
+        ("notes: null", "notes: null\nprice_per_hour: {value: 2}", 18, "missing key 'currency'"),
+        (
+            "notes: null",
+            "notes: null\nprice_per_hour: {value: -2, currency: USD}",
+            18,
+            "price_per_hour.value: must be a price such as 2.49, not '-2'",
+        ),
+        (
+            "notes: null",
+            "notes: null\nprice_per_hour: {value: 2, currency: $}",
+            18,
+            "price_per_hour.currency: must be a currency such as USD",
+        ),
+        (GOOD, "", 1, "the file is empty"),
+        (GOOD, "- a list", 1, "must be keys and values, not a list"),
     ],
 )
-def test_a_malformed_file_is_refused_with_file_and_key(tmp_path, old, new, complaint):
-    """What is unknown, missing, twice or of another type is one line naming file and key."""
+def test_a_malformed_file_is_refused_with_line_and_key(tmp_path, old, new, line, complaint):
+    """What is unknown, missing, twice or of another type is one line naming file, line and key."""
     assert old in GOOD
-    with pytest.raises(ConfigError, match=complaint) as caught:
+    with pytest.raises(InputError, match=complaint) as caught:
         read(tmp_path, GOOD.replace(old, new, 1))
     message = str(caught.value)
-    assert message.startswith("broken.yaml: ")
+    assert message.startswith(f"{tmp_path / 'broken.yaml'}:{line}: ")
     assert "\n" not in message
     assert len(message) < 600
+
+
+def test_what_yaml_would_turn_into_something_else_stays_as_written(tmp_path):
+    """`9.0` is a capability, not a float, and `no` is text."""
+    text = GOOD.replace('"9.0"', "9.0").replace("vendor: nvidia", "vendor: no")
+    assert read(tmp_path, text)[3:6] == ("no", None, "9.0")
+
+
+def test_a_users_file_may_have_a_price(tmp_path):
+    """A price is a decimal number as it was written; source and date may be left out. No bundled
+    file has one.
+    """
+    text = GOOD + "price_per_hour: {value: 2.49, currency: EUR, source: offer, date: 2026-11-25}"
+    day = datetime.date(2026, 11, 25)
+    assert read(tmp_path, text).price_per_hour == (Decimal("2.49"), "EUR", "offer", day)
+    price = read(tmp_path, GOOD + "price_per_hour: {value: 0.80, currency: EUR}").price_per_hour
+    assert price == (Decimal("0.8"), "EUR", str(tmp_path / "broken.yaml"), None)
+    assert read(tmp_path, GOOD + "price_per_hour: null").price_per_hour is None
+    for gpu in map(hardware.load_gpu, hardware.gpu_ids()):
+        assert gpu.price_per_hour is None
 
 
 def test_a_tag_runs_no_code(tmp_path):
     """A tag that asks for a Python object is refused by name, and nothing is called."""
     victim = tmp_path / "called"
     tag = f"!!python/object/apply:pathlib.Path.touch [{str(victim)!r}]"
-    with pytest.raises(ConfigError, match=r"broken\.yaml: notes: .*python/object/apply"):
+    with pytest.raises(InputError, match=r"broken\.yaml:17: notes: .*python/object/apply"):
         read(tmp_path, GOOD.replace("notes: null", f"notes: {tag}"))
     assert not victim.exists()
 
@@ -308,7 +341,7 @@ def test_bytes_that_are_no_text_are_refused(tmp_path):
     """A file that is not UTF-8 is an error with its name, no traceback."""
     path = tmp_path / "broken.yaml"
     path.write_bytes(b"name: \xff\xfe")
-    with pytest.raises(ConfigError, match=r"broken\.yaml: not YAML"):
+    with pytest.raises(InputError, match=r"broken\.yaml:1: not text in UTF-8"):
         hardware.read_gpu(path)
 
 

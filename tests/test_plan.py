@@ -6,54 +6,248 @@ import pytest
 
 import kvcalc
 from kvcalc import cli
-from kvcalc.hardware import gpu_ids, load_gpu
-from kvcalc.planning import RANKS, plan
+from kvcalc.errors import InputError, UnsupportedError
+from kvcalc.hardware import gpu_ids, load_gpu, profiles_folder
+from kvcalc.planning import plan, read_prices
 
 MODEL = "meta-llama/Llama-3-8B"
 POINT = {"seq": "8k", "concurrency": 20}
+LARGE = "meta-llama/Llama-3-70B"
+
+
+def fewest(model, gpu, most, **point):
+    """The first tp × pp that fits, tried one after the other and without any bound."""
+    for num_gpus in range(1, most + 1):
+        for tp in range(num_gpus, 0, -1):
+            if num_gpus % tp == 0 and 64 % tp == 0:  # Llama 3 70B has 64 query heads
+                ranks = {"tp": tp, "pp": num_gpus // tp}
+                try:
+                    if kvcalc.fit(model, gpu=gpu, **ranks, **point).fits:
+                        return ranks["tp"], ranks["pp"]
+                except UnsupportedError:
+                    continue
+    return None
 
 
 def test_the_fewest_ranks_that_fit_are_named():
-    """Each deployment fits, one with fewer of the same GPUs does not, and none that fits is left
-    out; the least memory comes first.
+    """Each deployment is the first that fits when all are tried in turn, and none that fits is
+    left out; the least memory comes first.
     """
-    found = plan(MODEL, reserve="2GiB", kv_dtypes=("auto",), **POINT)
-    named = {one.gpu: one.tp for one in found}
-    assert len(found) == len(named) > 15
+    point = {"seq": "8k", "concurrency": 16, "reserve": "2GiB"}
+    found = plan(LARGE, kv_dtypes=("auto",), **point)
+    named = {one.gpu: (one.tp, one.pp) for one in found}
+    assert len(found) == len(named) > 10
     for gpu in gpu_ids():
-        if load_gpu(gpu).usable_bytes is None:
-            assert gpu not in named
-            continue
-        fitting = [
-            tp for tp in RANKS if kvcalc.fit(MODEL, gpu=gpu, reserve="2GiB", tp=tp, **POINT).fits
-        ]
-        assert named.get(gpu) == min(fitting, default=None)
+        expected = None
+        if load_gpu(gpu).usable_bytes:
+            expected = fewest(LARGE, gpu, 8, **point)
+        assert named.get(gpu) == expected, gpu
+    assert any(one.pp > 1 for one in found)
     memory = [one.memory_bytes for one in found]
     assert memory == sorted(memory)
+    for one in found:
+        assert one.memory_bytes == one.num_gpus * load_gpu(one.gpu).usable_bytes.value
+
+
+def test_pipeline_stages_fill_in_where_ranks_do_not_divide():
+    """Three GPUs are three stages, six are two ranks in three stages: 8 KV heads go into 1, 2, 4
+    or 8.
+    """
+    point = {"gpus": ["h100-sxm-80gb"], "kv_dtypes": ["auto"], "seq": "8k", "reserve": "2GiB"}
+    shapes = [
+        (one.tp, one.pp)
+        for concurrency in (1, 10, 40, 90)
+        for one in plan(LARGE, concurrency=concurrency, **point)
+    ]
+    assert shapes == [(2, 1), (1, 3), (4, 1), (2, 3)]
+
+
+def test_each_rank_has_whole_query_heads():
+    """Qwen2.5 7B has 28 query heads and 4 KV heads: eight ranks would not divide the former."""
+    point = {"gpus": ["t4"], "kv_dtypes": ["auto"], "seq": "32k", "reserve": "1GiB"}
+    (found,) = plan("Qwen/Qwen2.5-7B-Instruct", concurrency=46, **point)
+    assert (found.tp, found.pp) == (4, 2)
+
+
+def test_more_gpus_are_tried_on_demand():
+    """What eight GPUs do not hold, up to 64 may."""
+    point = {"gpus": ["l4"], "kv_dtypes": ["fp8"], "seq": "8k", "reserve": "2GiB"}
+    assert plan(LARGE, concurrency=32, **point) == []
+    (found,) = plan(LARGE, concurrency=32, max_gpus=64, **point)
+    assert 8 < found.num_gpus <= 64
+    fewer = fewest(
+        LARGE,
+        "l4",
+        found.num_gpus,
+        kv_dtype="fp8",
+        concurrency=32,
+        **{name: point[name] for name in ("seq", "reserve")},
+    )
+    assert fewer == (found.tp, found.pp)
+
+
+def test_few_reports_are_worked_out_in_full(monkeypatch):
+    """What cannot hold weights and cache is passed over: less than two fits for each deployment
+    there is.
+    """
+    from kvcalc import api
+
+    calls = []
+    fit = api.fit
+
+    def counted(*model, **point):
+        calls.append(point)
+        return fit(*model, **point)
+
+    monkeypatch.setattr(api, "fit", counted)
+    found = plan(LARGE, reserve="3GiB", seq="32k", concurrency=64)
+    assert len(found) < len(calls) < 2 * len(found) + len(gpu_ids())
 
 
 def test_a_smaller_cache_needs_no_more():
     """With an fp8 cache no GPU is needed more often than with one of 16 bits."""
     found = plan(MODEL, reserve="2GiB", gpus=["rtx-4090", "h100-sxm-80gb"], **POINT)
-    needed = {(one.gpu, one.kv_dtype): one.tp for one in found}
+    needed = {(one.gpu, one.kv_dtype): one.num_gpus for one in found}
     assert needed["rtx-4090", "fp8"] <= needed["rtx-4090", "bf16"]
     assert needed["h100-sxm-80gb", "fp8"] <= needed["h100-sxm-80gb", "bf16"]
 
 
+def test_a_gpu_or_a_dtype_that_is_named_twice_is_listed_once():
+    """`auto` and `bf16` are one dtype here."""
+    found = plan(MODEL, reserve="2GiB", gpus=["l4", "l4"], kv_dtypes=("auto", "bf16"), **POINT)
+    assert len(found) == 1
+
+
 def test_a_plan_is_printed_and_is_data(capsys, monkeypatch):
-    """A table at 80 columns, and one JSON object."""
+    """A table at 80 columns, whatever is listed, and one JSON object."""
     monkeypatch.setenv("COLUMNS", "80")
     arguments = ["plan", MODEL, "--seq", "8k", "--concurrency", "20", "--reserve", "2GiB"]
-    arguments += ["--gpu", "rtx-4090,h100-sxm-80gb"]
     assert cli.run(arguments) == 0
     shown = capsys.readouterr().out
-    assert "1 × h100-sxm-80gb" in shown
-    assert max(map(len, shown.splitlines()[:8])) <= 80
+    assert "× rtx-pro-6000-blackwell-server" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+    arguments += ["--gpu", "rtx-4090,h100-sxm-80gb"]
+    assert cli.run(arguments) == 0
+    assert "\n1 × h100-sxm-80gb    1×1  bf16  79.647 GiB  " in capsys.readouterr().out
     assert cli.run([*arguments, "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["schema"] == "kvcalc.plan/1"
     assert {one["gpu"] for one in data["deployments"]} == {"rtx-4090", "h100-sxm-80gb"}
     assert all(one["fit"]["fits"] for one in data["deployments"])
+    assert all(one["num_gpus"] == one["tp"] * one["pp"] for one in data["deployments"])
+    assert all(one["price_per_hour"] is None for one in data["deployments"])
+
+
+PRICES = """\
+currency: USD
+per_gpu_hour:
+  h100-sxm-80gb: 2.49
+  rtx-4090: 0.40
+"""
+
+
+@pytest.fixture
+def priced(tmp_path, capsys):
+    """Run a plan with the prices of a text; the table's lines."""
+    path = tmp_path / "prices.yaml"
+
+    def run(text, gpus="rtx-4090,h100-sxm-80gb", *more):
+        path.write_text(text, "utf-8")
+        arguments = ["plan", MODEL, "--seq", "8k", "--concurrency", "20", "--reserve", "2GiB"]
+        arguments += ["--gpu", gpus, "--kv-dtype", "auto", "--prices", str(path), *more]
+        assert cli.run(arguments) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def test_prices_order_the_deployments_when_all_have_one(priced):
+    """The deployment's price is that of all its GPUs; without one for each row the least memory
+    comes first, and a row has a dash.
+    """
+    lines = priced(PRICES)
+    assert lines[2].split() == "GPUs TP×PP KV Memory Per hour Holds".split()
+    assert [line.split()[2] for line in lines[3:5]] == ["rtx-4090", "h100-sxm-80gb"]
+    count = int(lines[3].split()[0])
+    assert count > 1
+    assert f"  {count * 0.4:.2f} USD  " in lines[3]
+    assert "  2.49 USD  " in lines[4]
+    dear = priced(PRICES.replace("0.40", "40"))
+    assert [line.split()[2] for line in dear[3:5]] == ["h100-sxm-80gb", "rtx-4090"]
+    partly = priced(PRICES.replace("  h100-sxm-80gb: 2.49\n", ""))
+    memory = [line.split()[2] for line in partly[3:5]]
+    assert memory == ["rtx-4090", "h100-sxm-80gb"]
+    assert "       -  " in partly[4]
+
+
+def test_a_price_in_a_gpus_own_file_counts(priced, tmp_path):
+    """The file's price is used, what the prices say of the file goes before; rows of two
+    currencies are not ordered by price.
+    """
+    own = tmp_path / "mine.yaml"
+    text = (profiles_folder() / "gpus" / "h100-sxm-80gb.yaml").read_text("utf-8")
+    own.write_text(text + "\nprice_per_hour: {value: 9, currency: EUR}\n", "utf-8")
+    lines = priced(PRICES, f"rtx-4090,{own}")
+    assert [line.split()[2] for line in lines[3:5]] == ["rtx-4090", "mine"]
+    assert "9.00 EUR" in lines[4]
+    assert str(own) in " ".join(lines)
+    (shown,) = json.loads("".join(priced(PRICES + "  mine.yaml: 1.5\n", str(own), "--json")))[
+        "deployments"
+    ]
+    assert shown["price_per_hour"] == {
+        "value": 1.5,
+        "currency": "USD",
+        "source": str(tmp_path / "prices.yaml"),
+        "date": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "reason"),
+    [
+        ("rtx-4090", "rtx4090", 4, "unknown GPU 'rtx4090'; did you mean rtx-4090"),
+        ("rtx-4090", "./none.yaml", 4, "cannot read "),
+        ("0.40", "-1", 4, "per_gpu_hour.rtx-4090: must be a price such as 2.49, not '-1'"),
+        ("0.40", ".nan", 4, "not '.nan'"),
+        ("0.40", "inf", 4, "not 'inf'"),
+        ("0.40", "1e3", 4, "not '1e3'"),
+        ("0.40", "1:30", 4, "not '1:30'"),
+        ("0.40", "$2", 4, "not '$2'"),
+        ("0.40", "true", 4, "not 'true'"),
+        ("0.40", "", 4, "not empty"),
+        ("0.40", "[1]", 4, "not a list"),
+        ("0.40", "1234567", 4, "not '1234567'"),
+        ("rtx-4090: 0.40", "h100-sxm-80gb: 1", 4, "duplicate key 'h100-sxm-80gb'; it stands in li"),
+        ("USD", "dollars", 1, "currency: must be a currency such as USD, not 'dollars'"),
+        ("currency: USD\n", "", 1, "missing key 'currency'"),
+        ("currency: USD\n", "currency: USD\ncurrency: EUR\n", 2, "duplicate key 'currency'"),
+        ("currency: USD\n", "currency: USD\nper_hour: 1\n", 2, "unknown key 'per_hour'"),
+        ("per_gpu_hour:", "per_gpu_hour: 5\nx:", 3, "unknown key 'x'"),
+        (PRICES, "", 1, "the file is empty"),
+        (PRICES, "5", 1, "must be keys and values, not '5'"),
+    ],
+)
+def test_wrong_prices_are_told_with_line_and_key(old, new, line, reason, tmp_path, capsys):
+    """Whatever is not a price of a known GPU is bad input, in one line."""
+    path = tmp_path / "prices.yaml"
+    path.write_text(PRICES.replace(old, new), "utf-8")
+    assert cli.run(["plan", MODEL, "--reserve", "2GiB", "--prices", str(path)]) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"kvcalc: {path}:{line}: ")
+    assert reason in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
+
+
+def test_a_file_that_is_priced_twice_is_refused(tmp_path):
+    """Two ways to write a path are one file."""
+    (tmp_path / "my.yaml").write_text(
+        (profiles_folder() / "gpus" / "l4.yaml").read_text("utf-8"), "utf-8"
+    )
+    path = tmp_path / "prices.yaml"
+    path.write_text("currency: USD\nper_gpu_hour: {my.yaml: 1, ./my.yaml: 2}", "utf-8")
+    with pytest.raises(InputError, match=r"prices\.yaml:2: .*the same file as above"):
+        read_prices(path)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +256,13 @@ def test_a_plan_is_printed_and_is_data(capsys, monkeypatch):
         ([MODEL, "--seq", "8k", "--concurrency", "100000"], 1, "no GPU"),
         (["google/gemma-3n-E4B-it"], 3, "weights"),
         ([MODEL, "--gpu", "t5"], 2, "unknown GPU"),
+        ([MODEL, "--gpu", "none.yaml"], 2, "cannot read none.yaml"),
+        ([MODEL, "--gpu", "l4,h100-pcie-80gb"], 2, "memory of h100-pcie-80gb is known; leave it"),
         ([MODEL, "--engine", "sglang"], 2, "mem_fraction_static"),
         ([MODEL, "--share", "2"], 2, "--share"),
+        ([MODEL, "--max-gpus", "0"], 2, "--max-gpus must be at least 1"),
+        ([MODEL, "--max-gpus", "65"], 2, "--max-gpus must be at most 64"),
+        ([MODEL, "--prices", "none.yaml"], 2, "cannot read none.yaml"),
     ],
 )
 def test_where_nothing_serves_the_reason_is_told(arguments, status, reason, capsys):

@@ -27,6 +27,7 @@ _WORDS = frozenset(
     {
         "Model",
         "GPU",
+        "GPUs",
         "Architecture",
         "Type",
         "Family",
@@ -231,7 +232,7 @@ def print_fit(report: FitReport, changes: Sequence[str]) -> None:
 
 
 def print_plan(deployments: Sequence[Deployment]) -> None:
-    """One line for each, least memory first."""
+    """One line for each, in their order; prices take the place of the headroom."""
     out = console()
     size = deployments[0].fit.size
     title = Text(size.origin.resolved, style="bold")
@@ -240,24 +241,35 @@ def print_plan(deployments: Sequence[Deployment]) -> None:
     )
     out.print(title)
     out.print()
-    rows = table("GPUs", "KV dtype", "Memory", "Cache of each", "Headroom", "Max conc.")
+    priced = any(one.price_per_hour for one in deployments)
+    rows = table("GPUs", "TP×PP", "KV", "Memory", "Per hour" if priced else "Headroom", "Holds")
     for one in deployments:
+        price = one.price_per_hour
         rows.add_row(
-            f"{one.tp} × {one.gpu}",
+            f"{one.num_gpus} × {one.gpu}",
+            f"{one.tp}×{one.pp}",
             one.kv_dtype,
             format_bytes(one.memory_bytes),
-            format_bytes(one.fit.available_bytes),
-            format_bytes(one.fit.headroom_bytes),
+            (f"{price.value:,.2f} {price.currency}" if price else "-")
+            if priced
+            else format_bytes(one.fit.headroom_bytes),
             f"{one.fit.max_concurrency:,}",
         )
     out.print(rows)
     out.print()
-    reserve = next(term for term in deployments[0].fit.budget if term.name == "reserve")
-    out.print(
-        f"memory is what drivers report; reserve of each {format_bytes(-reserve.num_bytes)}, asked "
-        "for; weights of several GPUs are divided evenly, an estimate",
-        style="dim",
-    )
+    of_each = "" if priced else ", headroom of each"
+    told = f"memory is of all, as drivers report it{of_each}; holds: most such requests at once"
+    print_folded(out, "", told, "dim")
+    terms: dict[str, dict[str, None]] = {}
+    for one in deployments:
+        for term in one.fit.budget:
+            name = term.name.partition(" / ")[0]  # weights / 2 ranks
+            terms.setdefault(name, {})[term.provenance] = None
+    budget = [f"{name} ({' or '.join(provenances)})" for name, provenances in terms.items()]
+    print_folded(out, "", f"each GPU: {', '.join(budget)}", "dim")
+    if priced:
+        sources = {one.price_per_hour.source: None for one in deployments if one.price_per_hour}
+        print_folded(out, "", f"prices are yours: {', '.join(sources)}", "dim")
 
 
 def _both(num_bytes: int) -> str:

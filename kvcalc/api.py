@@ -143,11 +143,11 @@ def fit(
         raise InputError(msg)
     else:
         from kvcalc.device import choose_gpu
-        from kvcalc.weights import weights_of
+        from kvcalc.sources.checkpoint import weights_of_model
 
         check_count(tp, name="tp", most=MAX_RANKS)
         check_count(pp, name="pp", most=MAX_RANKS)
-        weights = weights_of(config, complete=origin.completeness == "verbatim")
+        weights = weights_of_model(config, origin)
         weights_bytes = weights.num_bytes
         lines = gpu_budget(
             choose_gpu(gpu, ranks=tp * pp),

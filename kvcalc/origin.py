@@ -8,7 +8,7 @@ class Origin(NamedTuple):
 
     `kind` is one of `catalogue`, `file`, `hf-cache`, `hub`, `mapping`; `detail` a path, revision or
     source; `completeness` is `verbatim` for a whole config.json and `partial` for some of its
-    fields.
+    fields. `commit` is that of a `hub` config.
     """
 
     requested: str
@@ -17,3 +17,4 @@ class Origin(NamedTuple):
     detail: str
     completeness: str = "verbatim"
     notes: tuple[str, ...] = ()
+    commit: str = ""

@@ -656,11 +656,12 @@ def test_packed_files(tmp_path, tensors, num_parameters, name):
     assert found.num_bytes == header_of(tensors)[1]
 
 
-def test_unknown_packing_is_refused(tmp_path):
-    """Integers that nothing explains are refused by the name of their tensor."""
+def test_unknown_packing_has_bytes_alone(tmp_path):
+    """Integers that nothing explains have exact bytes; their tensor is named in a note."""
     save(tmp_path / "model.safetensors", {"a.weight_packed": ("I32", (4, 4))})
-    with pytest.raises(UnsupportedError, match="weight_packed"):
-        weights_of_files(tmp_path)
+    found = weights_of_files(tmp_path)
+    assert (found.num_parameters, found.num_bytes, found.format) == (0, 64, "packed")
+    assert "'a.weight_packed' of I32" in found.notes[-1]
 
 
 GOOD = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}

@@ -1,19 +1,21 @@
-"""Reading a GGUF file's header: its keys and values, never its tensors.
+"""Reading a GGUF file's header: its keys and values, and the table of its tensors.
 
-The format is that of ggml's `docs/gguf.md`, versions 2 and 3: a magic word, two counts, then pairs
-of a key and a typed value. Nothing in the file is trusted: every count and length is held against
-the bytes that are there, and one that lies makes one ConfigError.
+The format is that of ggml's `docs/gguf.md`, versions 2 and 3: a magic word, two counts, pairs of a
+key and a typed value, then name, shape, type and place of each tensor. Nothing in the file is
+trusted: every count and length is held against the bytes that are there, and one that lies makes
+one ConfigError.
 """
 
+import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn, TypeVar
 
 from kvcalc.config import MAX_LAYERS
 from kvcalc.errors import ConfigError
-from kvcalc.units import shown
+from kvcalc.units import ceil_div, shown
 
 MAGIC: Final = b"GGUF"
 VERSIONS: Final = (2, 3)
@@ -33,6 +35,16 @@ MAX_METADATA_BYTES: Final = 2**29
 MAX_TEXT_BYTES: Final = 1024
 """Longer strings (chat templates, licences) are passed over."""
 
+MAX_TENSORS: Final = 2**20
+"""Published files have a few thousand."""
+
+MAX_DIMENSIONS: Final = 4
+"""As ggml has them."""
+
+MAX_ELEMENTS: Final = 2**50
+ALIGNMENT: Final = 32
+"""Where tensors begin, unless `general.alignment` says otherwise."""
+
 _NUMBERS = {
     kind: struct.Struct("<" + letter)
     for kind, letter in zip((*range(8), 10, 11, 12), "BbHhIif?Qqd", strict=True)
@@ -43,11 +55,46 @@ _ARRAY = 9
 _LENGTH = struct.Struct("<Q")
 _WORD = struct.Struct("<I")
 
+Result = TypeVar("Result")
 Value = int | float | bool | str | tuple[int | float | bool, ...] | None
+
+
+class Tensor(NamedTuple):
+    """A line of the table: `shape` begins with the length of a row, `kind` is ggml's number of the
+    type, `offset` where its bytes begin behind the header.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: int
+    offset: int
+
+    @property
+    def num_elements(self) -> int:
+        """Values of the tensor."""
+        return math.prod(self.shape)
+
+
+class Header(NamedTuple):
+    """All that stands before the tensors' bytes, of which there are `data_bytes`."""
+
+    pairs: Mapping[str, Value]
+    tensors: tuple[Tensor, ...]
+    alignment: int
+    data_bytes: int
 
 
 def read_metadata(path: Path) -> Mapping[str, Value]:
     """The pairs of a GGUF file; ConfigError when it is none, or damaged."""
+    return _mapped(path, lambda data: parse(data, name=str(path)))
+
+
+def read_header(path: Path) -> Header:
+    """The pairs and the table of a GGUF file; ConfigError when it is none, or damaged."""
+    return _mapped(path, lambda data: parse_header(data, name=str(path)))
+
+
+def _mapped(path: Path, action: Callable[[mmap.mmap], Result]) -> Result:
     try:
         if not path.is_file():
             msg = f"{path} is not a file; give a GGUF file"
@@ -56,7 +103,7 @@ def read_metadata(path: Path) -> Mapping[str, Value]:
             path.open("rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
-            return parse(data, name=str(path))
+            return action(data)
     except OSError as error:
         msg = f"cannot read {path}: {error.strerror or error}"
         raise ConfigError(msg) from None
@@ -69,7 +116,28 @@ def parse(data: bytes | mmap.mmap, *, name: str) -> Mapping[str, Value]:
     """The pairs in the bytes of a file. Texts and numbers are kept, and arrays of at most a number
     for each layer; None stands for what is longer, and for arrays of strings.
     """
+    return _pairs(_Reader(data, name))[0]
+
+
+def parse_header(data: bytes | mmap.mmap, *, name: str) -> Header:
+    """Likewise, with the table of tensors behind them."""
     reader = _Reader(data, name)
+    pairs, count = _pairs(reader)
+    if count > MAX_TENSORS:
+        reader.fail(f"it says that it has {count:,} tensors, more than {MAX_TENSORS:,}")
+    tensors = tuple(reader.tensor() for _ in range(count))
+    if len({tensor.name for tensor in tensors}) != count:
+        reader.fail("two of its tensors have one name")
+    alignment = pairs.get("general.alignment", ALIGNMENT)
+    if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+        reader.fail(f"its general.alignment is {shown(alignment)}, no power of two")
+    begin = ceil_div(reader.offset, alignment) * alignment
+    return Header(pairs, tensors, alignment, max(len(data) - begin, 0))
+
+
+def _pairs(reader: "_Reader") -> tuple[Mapping[str, Value], int]:
+    """The pairs, and how many tensors the file says that it has."""
+    data = reader.data
     if data[:4] != MAGIC:
         reader.fail(f"it begins with {bytes(data[:4])!r}, not {MAGIC!r}")
     reader.offset = 4
@@ -78,7 +146,7 @@ def parse(data: bytes | mmap.mmap, *, name: str) -> Mapping[str, Value]:
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big") in VERSIONS
         which = "written for big-endian machines" if swapped else f"of version {version}"
         reader.fail(f"it is {which}, not of version 2 or 3")
-    reader.number(_LENGTH)  # tensors, none of which is read
+    num_tensors: int = reader.number(_LENGTH)
     count = reader.number(_LENGTH)
     if count > MAX_PAIRS:
         reader.fail(f"it says that it has {count:,} keys, more than {MAX_PAIRS:,}")
@@ -90,7 +158,7 @@ def parse(data: bytes | mmap.mmap, *, name: str) -> Mapping[str, Value]:
         if key in pairs:
             reader.fail(f"it has the key {shown(key)} twice")
         pairs[key] = reader.value(key)
-    return pairs
+    return pairs, num_tensors
 
 
 class _Reader:
@@ -139,6 +207,20 @@ class _Reader:
         if kind != _ARRAY:
             self.fail(f"{shown(key)} is of type {kind}, which the format does not have")
         return self._array(key)
+
+    def tensor(self) -> Tensor:
+        """A line of the table of tensors."""
+        name = self.text(MAX_KEY_BYTES)
+        if name is None:
+            self.fail("the name of a tensor is too long")
+        dimensions = self.number(_WORD)
+        if dimensions > MAX_DIMENSIONS:
+            self.fail(f"tensor {shown(name)} has {dimensions:,} dimensions")
+        shape = tuple(self.number(_LENGTH) for _ in range(dimensions))
+        tensor = Tensor(name, shape, self.number(_WORD), self.number(_LENGTH))
+        if tensor.num_elements > MAX_ELEMENTS:
+            self.fail(f"tensor {shown(name)} has the shape {shown(shape)}")
+        return tensor
 
     def _array(self, key: str) -> Value:
         kind, count = self.number(_WORD), self.number(_LENGTH)

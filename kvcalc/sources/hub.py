@@ -1,4 +1,5 @@
-"""Configs from the Hugging Face Hub, through huggingface_hub (imported here and nowhere else).
+"""Configs and headers of weights from the Hugging Face Hub, through huggingface_hub (imported here
+and nowhere else).
 
 Its own settings apply: HF_TOKEN or a stored login, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_CACHE,
 HF_HUB_ETAG_TIMEOUT. Tokens never appear in a message.
@@ -7,18 +8,24 @@ HF_HUB_ETAG_TIMEOUT. Tokens never appear in a message.
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvcalc.errors import (
     GatedModelError,
     HubUnavailableError,
     InputError,
+    KvcalcError,
     ModelNotFoundError,
     OutputError,
 )
 from kvcalc.origin import Origin
 from kvcalc.sources.local import read_config
 from kvcalc.units import shown
+
+if TYPE_CHECKING:
+    from huggingface_hub import SafetensorsRepoMetadata
+
+    from kvcalc.weights import Weights
 
 Result = TypeVar("Result")
 
@@ -49,7 +56,51 @@ def download(
         resolved=model,
         kind="hub",
         detail=f"config.json at {revision or 'main'} ({path.parent.name[:12]})",
+        commit=path.parent.name,
     )
+
+
+def weights(model: str, *, commit: str) -> "Weights | None":
+    """The weights that a repository's safetensors files have at a commit, from their headers; None
+    when it has no such files.
+
+    Raises InputError for files that are damaged or missing, and what `download` raises.
+    """
+    from huggingface_hub import HfApi, errors
+
+    from kvcalc.weights import weights_of_headers
+
+    def fetch() -> "SafetensorsRepoMetadata | None":
+        try:
+            return HfApi().get_safetensors_metadata(model, revision=commit)
+        except errors.NotASafetensorsRepoError:
+            return None
+        except errors.LocalEntryNotFoundError:  # no connection
+            raise
+        except errors.EntryNotFoundError:
+            msg = f"{model} lacks safetensors files that its index names; give a local folder"
+        except (errors.SafetensorsParsingError, ValueError, TypeError, AttributeError):
+            msg = f"the safetensors files of {model} have headers that cannot be read"
+        raise InputError(msg)
+
+    found = _with_retries(fetch, model, commit, "")
+    if found is None:
+        return None
+    if not found.files_metadata:
+        msg = f"the safetensors index names no files that {model} has; give a local folder"
+        raise InputError(msg)
+    headers = {
+        file: {
+            name: {
+                "dtype": tensor.dtype,
+                "shape": list(tensor.shape),
+                "data_offsets": list(tensor.data_offsets),
+            }
+            for name, tensor in header.tensors.items()
+        }
+        for file, header in found.files_metadata.items()
+    }
+    return weights_of_headers(headers, found.weight_map, where=f"{model} on the Hub")
 
 
 def check_reachable(model: str, *, revision: str | None, hint: str = "") -> None:
@@ -77,6 +128,8 @@ def _with_retries(
     for _ in range(ATTEMPTS - 1):
         try:
             return action()
+        except KvcalcError:
+            raise
         except Exception as error:  # noqa: BLE001 - every failure becomes one sentence
             failure, may_pass = _explain(error, model, revision, hint)
             if not may_pass:
@@ -85,6 +138,8 @@ def _with_retries(
         wait_seconds *= 2
     try:
         return action()
+    except KvcalcError:
+        raise
     except Exception as error:  # noqa: BLE001 - likewise
         raise _explain(error, model, revision, hint)[0] from None
 

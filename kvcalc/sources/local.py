@@ -51,7 +51,7 @@ def read(requested: str, path: Path, *, kind: str = "file") -> tuple[Mapping[str
     config: Mapping[str, Any]
     config_path = _config_path(path)
     notes: tuple[str, ...] = ()
-    if _is_gguf(config_path):
+    if is_gguf(config_path):
         from kvcalc.sources import gguf_config
 
         config, notes = gguf_config.read(config_path)
@@ -66,7 +66,7 @@ def read(requested: str, path: Path, *, kind: str = "file") -> tuple[Mapping[str
     )
 
 
-def _is_gguf(path: Path) -> bool:
+def is_gguf(path: Path) -> bool:
     """By its name, or by its first bytes: Ollama's files have no suffix."""
     if path.suffix == ".gguf":
         return True

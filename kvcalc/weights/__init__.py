@@ -1,7 +1,8 @@
 """The weights of a model: how many parameters, and how many bytes in the format it declares.
 
 `weights_of` computes them from a config's fields, `weights_of_files` reads the headers of
-safetensors files. Neither guesses: what is not known exactly raises UnsupportedError.
+safetensors files, `weights_of_headers` takes headers that were read elsewhere. None guesses: what
+is not known exactly raises UnsupportedError.
 """
 
 from collections.abc import Mapping
@@ -12,11 +13,11 @@ from kvcalc.errors import ConfigError, UnsupportedError
 from kvcalc.families import decoder_level
 from kvcalc.units import shown
 from kvcalc.weights import _decoders, _formats
-from kvcalc.weights._files import weights_of_files
+from kvcalc.weights._files import weights_of_files, weights_of_headers
 from kvcalc.weights._parts import Parts
 from kvcalc.weights._record import Weights
 
-__all__ = ["Weights", "weights_of", "weights_of_files"]
+__all__ = ["Weights", "weights_of", "weights_of_files", "weights_of_headers"]
 
 
 def weights_of(

@@ -58,6 +58,23 @@ _SCALES: Final = (
 """How names of tensors end that hold scales, not parameters."""
 
 
+_BITSANDBYTES: Final = (
+    ".absmax",
+    ".nested_absmax",
+    ".quant_map",
+    ".nested_quant_map",
+    ".SCB",
+    ".weight_format",
+)
+"""How names of bitsandbytes' tables and scales end (bitsandbytes 0.50.2, `QuantState.as_dict`)."""
+
+_QUANT_STATE: Final = ".quant_state.bitsandbytes__"
+"""What stands between a packed weight's name and its format in the name of its description."""
+
+Headers = Mapping[str, Mapping[str, Any]]
+"""Of each file by its name: the entries of its header, from tensors to dtype, shape, offsets."""
+
+
 class _Tensor(NamedTuple):
     dtype: str
     shape: tuple[int, ...]
@@ -68,8 +85,7 @@ def weights_of_files(folder: str | Path) -> Weights:
     """Bytes and parameters of `model.safetensors`, or of the shards of its index, in a folder.
 
     Every tensor is counted, encoders and modules of multi-token prediction included. Raises
-    InputError for what is missing or damaged, UnsupportedError when packed values leave open how
-    many parameters there are.
+    InputError for what is missing or damaged, UnsupportedError for files without weights.
     """
     path = Path(folder)
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
@@ -82,32 +98,58 @@ def weights_of_files(folder: str | Path) -> Weights:
     else:
         msg = f"{path} has no {single.name} and no {index.name}; give a folder that has one"
         raise InputError(msg)
-    num_parameters, name = _parameters(tensors)
+    return _weights(tensors, what)
+
+
+def weights_of_headers(headers: Headers, placed: Mapping[str, str], *, where: str) -> Weights:
+    """Likewise, from headers that were read elsewhere; `placed` says in which file a tensor is."""
+    read = {
+        file: {name: _tensor(entry, name, file)[0] for name, entry in entries.items()}
+        for file, entries in headers.items()
+    }
+    tensors = _joined(read, placed, where)
+    files = f"headers of {len(headers)} files" if len(headers) > 1 else "header of 1 file"
+    return _weights(tensors, f"{files} of {where}")
+
+
+def _weights(tensors: Mapping[str, _Tensor], what: str) -> Weights:
+    num_parameters, name, unknown = _parameters(tensors)
+    notes = ["every tensor in the files is counted, encoders and further modules included"]
+    if unknown:
+        notes.append(f"how many parameters there are is not known: {unknown}")
     return Weights(
         num_parameters=num_parameters,
         num_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
         format=name,
         origin=f"{what}: {len(tensors):,} tensors",
-        notes=("every tensor in the files is counted, encoders and further modules included",),
+        notes=tuple(notes),
     )
 
 
 def _indexed(folder: Path, index: Path) -> Mapping[str, _Tensor]:
     """The tensors of all shards, each where the index says it is."""
     placed = _shards(index)
+    headers = {shard: _header(folder / shard) for shard in sorted(set(placed.values()))}
+    return _joined(headers, placed, index)
+
+
+def _joined(
+    headers: Mapping[str, Mapping[str, _Tensor]], placed: Mapping[str, str], where: Path | str
+) -> Mapping[str, _Tensor]:
+    """The tensors of several files, each in the one that it is said to be in."""
     tensors: dict[str, _Tensor] = {}
     found: dict[str, str] = {}
-    for shard in sorted(set(placed.values())):
-        for name, tensor in _header(folder / shard).items():
+    for shard, header in headers.items():
+        for name, tensor in header.items():
             if name in tensors:
-                _fail(index, f"tensor {shown(name)} is in two of its files")
+                _fail(where, f"tensor {shown(name)} is in two of its files")
             tensors[name] = tensor
             found[name] = shard
         if len(tensors) > MAX_TENSORS:
-            _fail(index, f"its files have more than {MAX_TENSORS:,} tensors")
+            _fail(where, f"its files have more than {MAX_TENSORS:,} tensors")
     for name in placed.keys() | found.keys():
         if placed.get(name) != found.get(name):
-            _fail(index, f"tensor {shown(name)} is not where it says")
+            _fail(where, f"tensor {shown(name)} is not where it says")
     return tensors
 
 
@@ -159,7 +201,7 @@ def _header(path: Path) -> Mapping[str, _Tensor]:
     return tensors
 
 
-def _tensor(entry: object, name: str, path: Path) -> tuple[_Tensor, int]:
+def _tensor(entry: object, name: str, path: Path | str) -> tuple[_Tensor, int]:
     """One entry of a header, and where its bytes begin."""
     if not isinstance(entry, dict):
         _fail(path, f"tensor {shown(name)} is no object")
@@ -184,36 +226,51 @@ def _counts(value: object) -> TypeGuard[list[int]]:
     )
 
 
-def _parameters(tensors: Mapping[str, _Tensor]) -> tuple[int, str]:
-    """How many parameters the tensors hold, and the format that holds most of them."""
+def _parameters(tensors: Mapping[str, _Tensor]) -> tuple[int, str, str]:
+    """How many parameters the tensors hold, the format that holds most of them, and "".
+
+    Where packed values leave open how many they are, there are 0 of format `packed`, and the last
+    says why.
+    """
     by_format: Counter[str] = Counter()
+    states = dict(name.split(_QUANT_STATE, 1) for name in tensors if _QUANT_STATE in name)
     for name, tensor in tensors.items():
-        elements = math.prod(tensor.shape)
-        if name.endswith(_SCALES) or (name.endswith("_scales") and tensor.dtype == "U8"):
+        if name in states:
+            by_format[states[name]] += 2 * tensor.num_bytes
             continue
-        stem, _, last = name.rpartition(".")
-        if tensor.dtype in _VALUES:
-            by_format[_VALUES[tensor.dtype]] += elements if last != "scales" else 0
-        elif tensor.dtype == "U8" and name.endswith("_blocks"):
-            by_format["mxfp4"] += 2 * elements
-        elif tensor.dtype == "U8" and last == "weight" and f"{name}_scale_2" in tensors:
-            by_format["nvfp4"] += 2 * elements
-        elif last == "qweight" and tensor.dtype == "I32":
-            kind, bits = _packed(stem, tensors, tensor)
-            by_format[f"{kind}-int{bits}"] += elements * 32 // bits
-        elif last not in ("qzeros", "g_idx"):
-            msg = (
-                f"tensor {shown(name)} of {tensor.dtype} leaves open how many parameters it "
-                "holds; kvcalc counts plain floats, fp8, AWQ, GPTQ, mxfp4 and nvfp4"
-            )
-            raise UnsupportedError(msg)
-    if not by_format:
+        held = _held(name, tensor, tensors)
+        if held is None:
+            return 0, "packed", f"tensor {shown(name)} of {tensor.dtype} is packed in another way"
+        by_format[held[0]] += held[1]
+    if not by_format.total():
         msg = "these files have no parameters; deciding field: their tensors' dtypes"
         raise UnsupportedError(msg)
-    return by_format.total(), by_format.most_common(1)[0][0]
+    return by_format.total(), by_format.most_common(1)[0][0], ""
 
 
-def _packed(stem: str, tensors: Mapping[str, _Tensor], packed: _Tensor) -> tuple[str, int]:
+def _held(name: str, tensor: _Tensor, tensors: Mapping[str, _Tensor]) -> tuple[str, int] | None:
+    """Format and number of the parameters in a tensor, none in scales; None when not known."""
+    elements = math.prod(tensor.shape)
+    stem, _, last = name.rpartition(".")
+    is_bytes, is_words = tensor.dtype == "U8", tensor.dtype == "I32"
+    if (
+        name.endswith((*_SCALES, *_BITSANDBYTES))
+        or _QUANT_STATE in name
+        or last in ("qzeros", "g_idx", "scales")
+        or (is_bytes and name.endswith("_scales"))
+    ):
+        return "", 0
+    if tensor.dtype in _VALUES:
+        return _VALUES[tensor.dtype], elements
+    if tensor.dtype == "I8" and f"{stem}.SCB" in tensors:
+        return "int8", elements
+    is_nvfp4 = last == "weight" and f"{name}_scale_2" in tensors
+    if is_bytes and (is_nvfp4 or name.endswith("_blocks")):
+        return "nvfp4" if is_nvfp4 else "mxfp4", 2 * elements
+    return _packed(stem, tensors, tensor) if last == "qweight" and is_words else None
+
+
+def _packed(stem: str, tensors: Mapping[str, _Tensor], packed: _Tensor) -> tuple[str, int] | None:
     """AWQ packs outputs, GPTQ inputs; the shape of the scales tells how many bits a value has."""
     scales = tensors.get(f"{stem}.scales")
     index = tensors.get(f"{stem}.g_idx")
@@ -225,9 +282,8 @@ def _packed(stem: str, tensors: Mapping[str, _Tensor], packed: _Tensor) -> tuple
             kind, values, words = "gptq", math.prod(index.shape), packed.shape[0]
         for bits in (2, 4, 8):
             if words and values * bits == words * 32:
-                return kind, bits
-    msg = f"tensor {shown(stem)}.qweight is packed in no way that kvcalc knows"
-    raise UnsupportedError(msg)
+                return f"{kind}-int{bits}", math.prod(packed.shape) * 32 // bits
+    return None
 
 
 def _read(path: Path, offset: int, length: int) -> bytes:
@@ -259,6 +315,6 @@ def _unique(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _fail(path: Path, why: str) -> NoReturn:
+def _fail(path: Path | str, why: str) -> NoReturn:
     msg = f"cannot read {path}: {why}"
     raise InputError(msg)

@@ -1,8 +1,8 @@
 """Bytes of weights in the format that a checkpoint declares, block scales included.
 
 What a quantiser stores beside the values is that of its own writer: DeepSeek's and Qwen's fp8,
-AutoAWQ 0.2 (GEMM layout), AutoGPTQ 0.7, gpt-oss' mxfp4 and ModelOpt 0.31's nvfp4. What a config
-leaves open is refused.
+AutoAWQ 0.2 (GEMM layout), AutoGPTQ 0.7, gpt-oss' mxfp4, ModelOpt 0.31's nvfp4 and bitsandbytes
+0.50.2. What a config leaves open is refused.
 """
 
 from collections.abc import Mapping
@@ -22,6 +22,11 @@ MAX_NAMES: Final = 100_000
 
 MAX_COMPARISONS: Final = 2_000_000
 """Most pairs of a module and a pattern with `*`: published configs have below 200,000."""
+
+
+_LEFT_OUT: Final = ("modules_to_not_convert", "ignore", "exclude_modules", "ignored_layers")
+_SKIPPED: Final = "llm_int8_skip_modules"
+"""Fields that list modules which stay as they are."""
 
 
 class Stored(NamedTuple):
@@ -100,7 +105,7 @@ class _Quantization:
     def __init__(self, data: Mapping[str, Any]) -> None:
         self.data = data
         left_out: list[str] = []
-        for key in ("modules_to_not_convert", "ignore", "exclude_modules", "ignored_layers"):
+        for key in (*_LEFT_OUT, _SKIPPED):
             names = data.get(key)
             if names is None:
                 continue
@@ -129,6 +134,13 @@ class _Quantization:
             raise self.wrong(key, "a whole number")
         return value
 
+    def flag(self, key: str) -> bool:
+        """True or false; false where the config does not say it."""
+        value = self.data.get(key)
+        if value is not None and not isinstance(value, bool):
+            raise self.wrong(key, "true or false")
+        return bool(value)
+
     def leaves_out(self, module: str) -> bool:
         """Whether a module below the decoder stays as it is: it, one that it is in, or one part
         of its name, is listed (`gate` is `layers.3.mlp.gate`, not `gate_proj`).
@@ -136,9 +148,13 @@ class _Quantization:
         pieces = module.split(".")
         ends = range(1, len(pieces) + 1)
         spans = (".".join(pieces[start:end]) for end in ends for start in range(end))
-        return any(span in self.names for span in spans) or any(
-            fnmatchcase(module, glob) for glob in self.globs
-        )
+        listed = [span for span in spans if span in self.names]
+        if listed and self.data.get(_SKIPPED):
+            first_or_last = module.startswith(tuple(listed)) or module.endswith(tuple(listed))
+            if not first_or_last:  # transformers 4 skips what stands below a bare `mlp`, 5 does not
+                why = f"versions of transformers differ on whether it names {module}"
+                raise _unknown(self, _SKIPPED, why)
+        return bool(listed) or any(fnmatchcase(module, glob) for glob in self.globs)
 
 
 def _below_decoder(name: str) -> str:
@@ -165,7 +181,10 @@ def _quantised(config: Mapping[str, Any], parts: Parts, declared: _Quantization)
     num_quantised = 0
     for matrix in parts.matrices:
         total += value_bytes * matrix.bias * matrix.copies
-        applies = matrix.expert if rule is _MXFP4 else not matrix.kept
+        if rule is _MXFP4:
+            applies = matrix.expert
+        else:
+            applies = not matrix.kept or (rule.head and matrix.name == "lm_head")
         if not applies or declared.leaves_out(matrix.name):
             total += value_bytes * matrix.num_values
         else:
@@ -177,24 +196,29 @@ def _quantised(config: Mapping[str, Any], parts: Parts, declared: _Quantization)
     return Stored(total, rule.name, line, rule.notes)
 
 
-def _rule(declared: _Quantization, model_type: str) -> "_Rule":
+def _rule(declared: _Quantization, model_type: str) -> "_Rule | _Running":
     """The rule of the method that the config names."""
     method, algorithm = declared.data.get("quant_method"), declared.data.get("quant_algo")
+    rule: _Rule | _Running
     match (method, algorithm):
         case ("modelopt", "NVFP4"):
-            return _nvfp4(declared)
+            rule = _nvfp4(declared)
         case ("modelopt" | None, "FP8"):
-            return _fp8_per_tensor(declared)
+            rule = _fp8_per_tensor(declared)
         case ("fp8", None):
-            return _fp8_blocks(declared)
+            rule = _fp8_blocks(declared)
         case ("compressed-tensors", None):
-            return _fp8_channels(declared)
+            rule = _fp8_channels(declared)
         case ("mxfp4", None) if model_type == "gpt_oss":
-            return _MXFP4
+            rule = _MXFP4
         case ("awq" | "gptq", None):
-            return _int4(declared, method)
-    key = "quant_algo" if algorithm is not None else "quant_method"
-    raise _unknown(declared, key, "kvcalc has no rule for it")
+            rule = _int4(declared, method)
+        case ("bitsandbytes", None):
+            rule = _bitsandbytes(declared, model_type)
+        case _:
+            key = "quant_algo" if algorithm is not None else "quant_method"
+            raise _unknown(declared, key, "kvcalc has no rule for it")
+    return rule
 
 
 class _Rule(NamedTuple):
@@ -216,6 +240,8 @@ class _Rule(NamedTuple):
     """Whether each input channel has the number of its group, four bytes (`g_idx`)."""
     dense_only: bool = False
     scales_in_dtype: bool = False
+    head: bool = False
+    """Whether the output head is one of the matrices that may be quantised."""
     notes: tuple[str, ...] = ()
 
     def bytes_of(self, matrix: Matrix, declared: _Quantization) -> int:
@@ -238,6 +264,37 @@ class _Rule(NamedTuple):
                 raise _unknown(declared, "quant_method", why)
             total += rows * columns // 2
         return total + (4 * matrix.columns if self.group_index else 0)
+
+
+class _Running(NamedTuple):
+    """Four bits of bitsandbytes (functional.py, `quantize_4bit`, `QuantState.as_dict`).
+
+    Blocks of 64 values run on from row to row of a matrix, each with an fp32 scale. With `nested`
+    scales these have 8 bits, in blocks of 256 with an fp32 scale, about an fp32 mean. Tables of 16
+    and 256 fp32 values stand beside them.
+    """
+
+    name: str
+    nested: bool
+    storage_bytes: int
+    """Bytes of the dtype that packed values are stored as."""
+    head: bool
+    notes: tuple[str, ...]
+    scale_bytes: int = _SCALE
+    dense_only: bool = True
+    scales_in_dtype: bool = False
+
+    def bytes_of(self, matrix: Matrix, declared: _Quantization) -> int:
+        """Bytes of one copy of a matrix."""
+        values = matrix.rows * matrix.columns
+        if values % (2 * self.storage_bytes):
+            why = f"the {values} values of {matrix.name} do not fill what they are packed into"
+            raise _unknown(declared, "bnb_4bit_quant_storage", why)
+        blocks = ceil_div(values, 64)
+        total = values // 2 + 16 * _SCALE
+        if not self.nested:
+            return total + blocks * _SCALE
+        return total + blocks + (ceil_div(blocks, 256) + 256 + 1) * _SCALE
 
 
 _MXFP4 = _Rule("mxfp4", (32, 16), (1, 32), scale_bytes=1)
@@ -288,6 +345,81 @@ def _fp8_channels(declared: _Quantization) -> _Rule:
     if kind != ("float", 8, "channel"):
         raise _unknown(declared, "config_groups", "only fp8 with scales of channels is known")
     return _Rule("fp8", (1, 1), (1, 0), scale_bytes=2, dense_only=True, scales_in_dtype=True)
+
+
+_STORAGE: Final = {"uint8": 1, "int8": 1, "float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+
+_ALL_LINEAR: Final = frozenset(
+    {
+        "apertus",
+        "cohere",
+        "ernie4_5",
+        "exaone4",
+        "gemma",
+        "gemma2",
+        "gemma3_text",
+        "granite",
+        "helium",
+        "llama",
+        "minicpm3",
+        "ministral",
+        "ministral3",
+        "mistral",
+        "nemotron",
+        "olmo",
+        "olmo2",
+        "olmo3",
+        "qwen2",
+        "qwen2_5_vl_text",
+        "qwen2_vl_text",
+        "qwen3",
+        "qwen3_5_text",
+        "qwen3_vl_text",
+        "seed_oss",
+        "smollm3",
+        "stablelm",
+    }
+)
+"""Types whose class in transformers 5.23.0 has exactly our matrices as `torch.nn.Linear`, under our
+names and none of them fused or stacked: each has tables of its own.
+"""
+
+
+def _bitsandbytes(declared: _Quantization, model_type: str) -> "_Rule | _Running":
+    """Four or eight bits of bitsandbytes 0.50.2 (nn/modules.py), as transformers 5.23.0 applies it.
+
+    All linear modules but those that `llm_int8_skip_modules` names, or without that list but the
+    output head. What a config leaves out has BitsAndBytesConfig's default.
+    """
+    data = declared.data
+    if model_type not in _ALL_LINEAR:
+        raise _unknown(declared, "quant_method", f"the linear modules of {shown(model_type)}")
+    if declared.flag("llm_int8_has_fp16_weight"):
+        raise _unknown(declared, "llm_int8_has_fp16_weight", "then values are not of 8 bits")
+    skipped = data.get(_SKIPPED)
+    plain = all(name.replace(".", "").isidentifier() for name in skipped or ())
+    if not plain or any(data.get(key) for key in _LEFT_OUT):
+        raise _unknown(declared, _SKIPPED, "only names of modules are known")
+    head = skipped is not None
+    if declared.flag("load_in_8bit"):
+        return _Rule(
+            "int8", (1, 1), (1, 0), more_bytes=1, dense_only=True, head=head, whole_groups=False
+        )
+    if not declared.flag("load_in_4bit"):
+        raise _unknown(declared, "load_in_4bit", "neither 4 nor 8 bits")
+    name = data.get("bnb_4bit_quant_type", "fp4")
+    if name not in ("nf4", "fp4"):
+        raise _unknown(declared, "bnb_4bit_quant_type", "only nf4 and fp4 are known")
+    storage = data.get("bnb_4bit_quant_storage", "uint8")
+    if not isinstance(storage, str) or storage not in _STORAGE:
+        raise _unknown(declared, "bnb_4bit_quant_storage", "no such dtype is known")
+    return _Running(
+        name,
+        nested=declared.flag("bnb_4bit_use_double_quant"),
+        storage_bytes=_STORAGE[storage],
+        head=head,
+        notes=("the texts of quant_state, which no GPU holds, are not counted",),
+    )
 
 
 def _only_group(declared: _Quantization) -> Mapping[str, Any]:

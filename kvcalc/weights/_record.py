@@ -1,4 +1,4 @@
-"""The record that both ways to count weights return."""
+"""The record that all ways to count weights return."""
 
 from typing import NamedTuple
 
@@ -6,6 +6,7 @@ from typing import NamedTuple
 class Weights(NamedTuple):
     """A model's weights: parameters as transformers counts them, and their bytes.
 
+    `num_parameters` is 0 where files pack values in a way that leaves their number open.
     `num_bytes` has the scales and zero points of a quantised format in it. `format` is what most
     values are stored in (`bf16`, `fp8`, `awq-int4`, …), `origin` one line: rule and fields.
     """

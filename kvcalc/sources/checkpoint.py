@@ -1,0 +1,129 @@
+"""The weights of a model that was found: from its own files where there are any.
+
+Local safetensors and GGUF files, snapshots of the local Hugging Face cache, and the headers of a
+repository whose config came from the Hub in this run are exact whatever the model; what is left is
+computed from the config. A catalogued model never asks the Hub.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kvcalc.errors import InputError
+from kvcalc.origin import Origin
+from kvcalc.sources import local
+from kvcalc.weights import Weights, weights_of, weights_of_files
+
+__all__ = ["weights_of_model"]
+
+_PREDICTING = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules")
+
+_asked: dict[tuple[str, str], Weights | None] = {}
+"""What the Hub said in this run: its configs are cached, and found there from then on."""
+
+
+def weights_of_model(config: Mapping[str, Any], origin: Origin) -> Weights:
+    """Parameters and bytes of the model that a config and its origin are of.
+
+    Raises InputError for files that were given and are damaged or incomplete, the errors of the
+    Hub, and UnsupportedError where weights must be computed and are not known exactly.
+    """
+    found: Weights | None = None
+    reason, why = "", ""
+    match origin.kind:
+        case "file":
+            found = _given(Path(origin.detail))
+        case "hf-cache" | "catalogue":
+            found, why = _cached(origin)
+            if why:
+                reason = "computed, as the cached files are not complete"
+        case "hub":
+            found = _published(origin)
+            if found is None:
+                reason = "computed, as the repository has no safetensors files"
+    if found is not None:
+        return _with_notes(found, config)
+    weights = weights_of(config, complete=origin.completeness == "verbatim")
+    if not reason:
+        return weights
+    said = f"{reason}: {weights.origin}"
+    return weights._replace(origin=said, notes=(*weights.notes, *([why] if why else [])))
+
+
+def _given(path: Path) -> Weights | None:
+    """The weights beside a config.json or in a GGUF file that the user gave."""
+    if local.is_gguf(path):
+        from kvcalc.sources.gguf_weights import weights_of_gguf
+
+        return _read(weights_of_gguf, path, _stamp(path, *path.parent.glob("*.gguf")))
+    if path.name == "config.json" and _has_weights(path.parent):
+        return _of_folder(path.parent)
+    return None
+
+
+def _of_folder(folder: Path) -> Weights:
+    return _read(weights_of_files, folder, _stamp(*folder.glob("*.safetensors*")))
+
+
+@lru_cache(maxsize=64)
+def _read(reader: Callable[[Path], Weights], path: Path, _: tuple[object, ...]) -> Weights:
+    """Read headers once, as long as the files stay as they are: a plan asks hundreds of times."""
+    return reader(path)
+
+
+def _stamp(*paths: Path) -> tuple[object, ...]:
+    """Names, sizes and times of files."""
+    stamps = []
+    for path in sorted(paths):
+        try:
+            status = path.stat()
+            stamps.append((path.name, status.st_size, status.st_mtime_ns))
+        except OSError:
+            stamps.append((path.name, 0, 0))
+    return tuple(stamps)
+
+
+def _cached(origin: Origin) -> tuple[Weights | None, str]:
+    """The weights in the local Hugging Face cache, or why its files will not do, if it has any."""
+    path: Path | None = Path(origin.detail)
+    if origin.kind == "catalogue":
+        path = local.find_in_hf_cache(origin.resolved, revision="main")
+    if path is None:
+        return None, ""
+    asked = _asked.get((origin.resolved, path.parent.name))
+    if asked is not None:
+        return asked, ""
+    if not _has_weights(path.parent):
+        return None, ""
+    try:
+        return _of_folder(path.parent), ""
+    except InputError as error:
+        return None, str(error)
+
+
+def _published(origin: Origin) -> Weights | None:
+    """The weights in the repository on the Hub that the config is of."""
+    from kvcalc.sources import hub
+
+    key = origin.resolved, origin.commit
+    if key not in _asked:
+        _asked[key] = hub.weights(origin.resolved, commit=origin.commit)
+    return _asked[key]
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a model's safetensors files, or some of them, or their index lie in a folder."""
+    return any(folder.glob("model*.safetensors")) or any(folder.glob("model.safetensors.index.*"))
+
+
+def _with_notes(weights: Weights, config: Mapping[str, Any]) -> Weights:
+    text = config.get("text_config")
+    levels = (config, text) if isinstance(text, Mapping) else (config,)
+    if not any(level.get(key) for level in levels for key in _PREDICTING):
+        return weights
+    note = (
+        "modules of multi-token prediction are counted where the files have them; engines load "
+        "them when asked to"
+    )
+    return weights._replace(notes=(*weights.notes, note))

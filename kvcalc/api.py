@@ -7,8 +7,8 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvcalc import sources
-from kvcalc.budget import BudgetLine, gpu_budget
-from kvcalc.engines import engine_names
+from kvcalc.budget import BudgetLine, engine_defaults, gpu_budget
+from kvcalc.engines import engine_names, load_engine, read_options
 from kvcalc.errors import InputError, KvcalcError, UnsupportedError
 from kvcalc.families import Architecture, describe
 from kvcalc.fitting import FitReport, fit_architecture
@@ -21,6 +21,7 @@ from kvcalc.units import MAX_TOKENS, check_count, parse_bytes, parse_tokens, sho
 
 if TYPE_CHECKING:
     from kvcalc.hardware import Gpu
+    from kvcalc.weights import Weights
 
 TABLE_SCHEMA = "kvcalc.size-table/1"
 
@@ -120,26 +121,25 @@ def fit(
 
     `model` and the engine's parameters are those of `size`. The memory is `kv_memory` in bytes
     (`"20GiB"`), as vLLM prints it ("Available KV cache memory"), or what is left of each `gpu` (an
-    id of `kvcalc gpus`, a YAML file, or `auto`): the engine's `share`, less weights and a `reserve`
-    for activations, context and graphs. Without `seq` the model's own maximum is meant.
+    id of `kvcalc gpus`, a YAML file, or `auto`): the engine's `share`, less weights, less a
+    `reserve` for activations, context and graphs, which are estimated without one. Options that the
+    engine's server sets by the device are set so. Without `seq` the model's own maximum is meant.
     Raises what `size` raises.
     """
     architecture, origin, config = read_model(model, revision=revision)
     if seq is None and not architecture.max_tokens:
         msg = f"{origin.requested} does not say its longest sequence; give --seq"
         raise InputError(msg)
-    weights_bytes = None
+    weights: Weights | None = None
+    told = dict(options or {})
     if kv_memory is not None:
         if gpu is not None or reserve is not None:
             msg = "--kv-memory says how much there is: leave --gpu and --reserve out"
             raise InputError(msg)
         given = parse_bytes(kv_memory, name="--kv-memory")
         lines: tuple[BudgetLine, ...] = (BudgetLine("KV cache", given, "asked for", ""),)
-    elif gpu is None or reserve is None:
-        msg = (
-            "give --kv-memory, as the engine prints it, or --gpu and --reserve, what activations, "
-            "context and graphs take"
-        )
+    elif gpu is None:
+        msg = "give --gpu (kvcalc gpus lists ids), or --kv-memory, as the engine prints it"
         raise InputError(msg)
     else:
         from kvcalc.device import choose_gpu
@@ -147,28 +147,32 @@ def fit(
 
         check_count(tp, name="tp", most=MAX_RANKS)
         check_count(pp, name="pp", most=MAX_RANKS)
+        device = choose_gpu(gpu, ranks=tp * pp)
+        told = {**engine_defaults(engine, device), **told}
         weights = weights_of_model(config, origin)
-        weights_bytes = weights.num_bytes
         lines = gpu_budget(
-            choose_gpu(gpu, ranks=tp * pp),
+            device,
             weights,
+            config=config,
             engine=engine,
-            ranks=tp * pp,
+            tp=tp,
+            pp=pp,
             share=None if share is None else str(share),
-            reserve_bytes=parse_bytes(reserve, name="--reserve"),
+            reserve_bytes=None if reserve is None else parse_bytes(reserve, name="--reserve"),
+            options=read_options(engine, load_engine(engine).OPTIONS, told),
         )
     return fit_architecture(
         architecture,
         origin=origin,
         budget=lines,
-        weights_bytes=weights_bytes,
+        weights=weights,
         seq_tokens=parse_tokens(seq) if seq is not None else architecture.max_tokens,
         concurrency=concurrency,
         engine=engine,
         kv_dtype=kv_dtype,
         tp=tp,
         pp=pp,
-        options=options,
+        options=told,
     )
 
 

@@ -95,7 +95,7 @@ KEYS: Mapping[str, str] = {
     "kv_memory": "memory of each rank for its cache, as the engine prints it: 30GiB",
     "gpu": "an id that kvcalc gpus lists, or a YAML beside this file; else kv_memory",
     "share": "the engine's share of the GPU; else its default",
-    "reserve": "what activations, context and graphs take of each GPU: 3GiB",
+    "reserve": "what activations, context and graphs take of each GPU: 3GiB; else estimated",
     "count": "GPUs of the deployment: tp × pp",
     "engine": "whose rules; else vllm",
     "options": "the engine's own options",
@@ -114,6 +114,8 @@ TOP_KEYS: Mapping[str, str] = {
     "defaults": "what every deployment has that does not say otherwise",
     "deployments": "by name",
 }
+_Figures = dict[str, int | bool | None]
+
 FREE = "x-"
 """How top-level keys begin that only hold anchors."""
 
@@ -142,11 +144,14 @@ class Deployment(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """Whether a requirement holds, and what was found: bytes, a count, a part, or a truth."""
+    """Whether a requirement holds, and what was found: bytes, a count, a part, or a truth. Where
+    estimates leave that open, `ends` are what would be found with them at their worst and best.
+    """
 
     requirement: Requirement
     holds: bool
     found: int | Fraction
+    ends: tuple[int | Fraction, int | Fraction] | None = None
 
 
 class Result(NamedTuple):
@@ -163,10 +168,14 @@ class Result(NamedTuple):
 
     @property
     def status(self) -> str:
-        """`holds`, `fails`, `refused` (no exact size) or `bad` (the model or an option)."""
+        """`holds`, `fails`, `open` (estimates do not decide it), `refused` (no exact size) or
+        `bad` (the model or an option).
+        """
         if self.error is not None:
             return "refused" if isinstance(self.error, UnsupportedError) else "bad"
-        return "holds" if all(outcome.holds for outcome in self.outcomes) else "fails"
+        if any(outcome.ends is None and not outcome.holds for outcome in self.outcomes):
+            return "fails"
+        return "open" if any(outcome.ends for outcome in self.outcomes) else "holds"
 
     def to_dict(self) -> dict[str, Any]:
         """The result as JSON-ready data."""
@@ -186,6 +195,7 @@ class Result(NamedTuple):
                     "found": float(outcome.found)
                     if isinstance(outcome.found, Fraction)
                     else outcome.found,
+                    "ends": outcome.ends and [float(end) for end in outcome.ends],
                 }
                 for outcome in self.outcomes
             ],
@@ -213,13 +223,13 @@ class CheckReport(NamedTuple):
 
     @property
     def exit_code(self) -> int:
-        """The worst: 2 for a bad file or model, 3 for what has no exact size, 1 for what does not
-        hold.
+        """The worst: 2 for a bad file or model, 3 for what has no exact size or is left open by
+        estimates, 1 for what does not hold.
         """
         statuses = {result.status for result in self.results}
         if self.errors or "bad" in statuses:
             return 2
-        return 3 if "refused" in statuses else int("fails" in statuses)
+        return 3 if statuses & {"refused", "open"} else int("fails" in statuses)
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; the schema is `kvcalc.check/1`."""
@@ -350,11 +360,8 @@ def _deployment(name: str, place: Place, node: Node, defaults: _Layer | None) ->
         msg = "missing key 'model'"
         raise place.wrong(msg)
     if not ("kv_memory" in given or "gpu" in given):
-        msg = "missing key 'kv_memory' (30GiB), or 'gpu' (kvcalc gpus lists ids) and 'reserve'"
+        msg = "missing key 'gpu' (kvcalc gpus lists ids), or 'kv_memory' (30GiB)"
         raise place.wrong(msg)
-    if "gpu" in given and "reserve" not in given:
-        msg = "missing key 'reserve': what activations, context and graphs take of each GPU (3GiB)"
-        raise given["gpu"][0].wrong(msg)
     if not required:
         msg = "nothing is required of it; at least: require: [fits]"
         raise place.wrong(msg)
@@ -560,8 +567,8 @@ class _Runs:
         try:
             model = self._model(deployment)
             report = self._fit(deployment, model)
-            figures = self._figures(deployment, model, report)
-            outcomes = tuple(_outcome(one, figures) for one in deployment.requirements)
+            figures, *ends = self._figures(deployment, model, report)
+            outcomes = tuple(_outcome(one, figures, ends) for one in deployment.requirements)
         except KvcalcError as error:
             about_model = (
                 ModelNotFoundError,
@@ -616,26 +623,22 @@ class _Runs:
 
     def _figures(
         self, deployment: Deployment, model: api.Model, report: FitReport
-    ) -> dict[str, int | bool | None]:
-        needed = report.needed_bytes
-        most, longest = report.max_concurrency, report.max_tokens
-        available = report.available_bytes
-        figures: dict[str, int | bool | None] = {"max_tokens": longest}
-        if deployment.prefix_share:
-            one, shared = _shared_bytes(deployment, model, report)
-            needed = report.concurrency * one - (report.concurrency - 1) * shared
-            most = min((available - shared) // (one - shared), MAX_BATCH) if available >= one else 0
-            figures["max_tokens"] = None
-        return {
-            "fits": needed <= available,
-            "headroom": available - needed,
-            "max_concurrency": most,
-            **figures,
+    ) -> list[_Figures]:
+        """The figures, and where terms are estimates, what they are at worst and at best."""
+        fixed = {
             "kv_bytes_per_token": self._bytes_per_token(deployment, model, report),
-            "needed": needed,
-            "kv_memory": available,
             "weights": report.weights_bytes,
         }
+        points = [(report.available_bytes, report.max_concurrency, report.max_tokens)]
+        if report.available_range != (report.available_bytes,) * 2:
+            points += zip(
+                report.available_range,
+                report.max_concurrency_range,
+                report.max_tokens_range,
+                strict=True,
+            )
+        shared = _shared_bytes(deployment, model, report) if deployment.prefix_share else None
+        return [_at(report, *point, shared=shared) | fixed for point in points]
 
     def _bytes_per_token(
         self, deployment: Deployment, model: api.Model, report: FitReport
@@ -657,6 +660,32 @@ class _Runs:
             except KvcalcError:  # what it needs (an encoder's length) is not asked here
                 self._tokens[key] = None
         return self._tokens[key]
+
+
+def _at(
+    report: FitReport,
+    available: int,
+    most: int,
+    longest: int,
+    *,
+    shared: tuple[int, int] | None,
+) -> _Figures:
+    """The figures that depend on how much memory there is; `shared` are one sequence's bytes and
+    those of them that all share.
+    """
+    needed = report.needed_bytes
+    if shared is not None:
+        one, common = shared
+        needed = report.concurrency * one - (report.concurrency - 1) * common
+        most = min((available - common) // (one - common), MAX_BATCH) if available >= one else 0
+    return {
+        "fits": needed <= available,
+        "headroom": available - needed,
+        "max_concurrency": most,
+        "max_tokens": None if shared else longest,
+        "needed": needed,
+        "kv_memory": available,
+    }
 
 
 def _shared_bytes(deployment: Deployment, model: api.Model, report: FitReport) -> tuple[int, int]:
@@ -706,16 +735,23 @@ def _shared_bytes(deployment: Deployment, model: api.Model, report: FitReport) -
     return one(size.seq_tokens), one(prefix) if prefix else 0
 
 
-def _outcome(requirement: Requirement, figures: Mapping[str, int | bool | None]) -> Outcome:
-    found: int | Fraction | None = figures[requirement.figure]
+def _outcome(requirement: Requirement, figures: _Figures, ends: Sequence[_Figures]) -> Outcome:
+    compare = _COMPARISONS[requirement.comparison]
+    found, *outer = (_found(requirement, one) for one in (figures, *ends))
+    holds = compare(found, requirement.bound)
+    decided = all(compare(end, requirement.bound) == holds for end in outer)
+    return Outcome(requirement, holds, found, None if decided else (outer[0], outer[1]))
+
+
+def _found(requirement: Requirement, figures: _Figures) -> int | Fraction:
+    found = figures[requirement.figure]
     if found is None:
         msg = f"{requirement.text}: that figure is not known for this deployment"
         raise UnsupportedError(msg)
     if isinstance(requirement.bound, Fraction):
         memory = figures["kv_memory"]
-        found = Fraction(found, memory) if memory else Fraction(-1)
-    holds = _COMPARISONS[requirement.comparison](found, requirement.bound)
-    return Outcome(requirement, holds, found)
+        return Fraction(found, memory) if memory else Fraction(-1)
+    return found
 
 
 # Comparing with an earlier run

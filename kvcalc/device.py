@@ -50,11 +50,11 @@ def choose_gpu(said: str | Gpu, *, ranks: int = 1) -> Gpu:
 def this_machine() -> Machine:
     """All GPUs that NVML sees, whatever CUDA_VISIBLE_DEVICES says.
 
-    `usable_bytes` is NVML's total, which is that of the board, less what driver and firmware
-    reserve: "Device memory (in bytes) reserved for system use" (nvmlMemory_v2_t in nvml.h,
-    https://docs.nvidia.com/deploy/nvml-api/api/structnvmlMemory__v2__t.html), which CUDA, and so an
-    engine, does not see. Drivers before 510 tell the total alone. The other figures are those of
-    the catalogue, where it knows the name.
+    `usable_bytes` is NVML's total, which is that of the board; `cuda_bytes` is what of it driver
+    and firmware do not keep: "Device memory (in bytes) reserved for system use" (nvmlMemory_v2_t in
+    nvml.h, https://docs.nvidia.com/deploy/nvml-api/api/structnvmlMemory__v2__t.html). Drivers
+    before 510 tell the total alone. The other figures are those of the catalogue, where it knows
+    the name.
 
     Raises InputError where there is no NVML, no GPU, or no single kind of it.
     """
@@ -68,16 +68,14 @@ def this_machine() -> Machine:
         raise InputError(msg)
     least = min(boards, key=lambda board: board.total_bytes - (board.reserved_bytes or 0))
     today = datetime.datetime.now(tz=datetime.UTC).astimezone().date()
-    less = " (CUDA sees a little less)"
+    said = f"NVML of this machine: total {least.total_bytes:,}"
+    usable = Figure(least.total_bytes, f"{said}, driver {driver}, {today}", today)
+    cuda = None
     if least.reserved_bytes is not None:
-        less = f" less {least.reserved_bytes:,} reserved"
-    usable = Figure(
-        least.total_bytes - (least.reserved_bytes or 0),
-        f"NVML of this machine: total {least.total_bytes:,}{less}, driver {driver}, {today}",
-        today,
-    )
+        source = f"{said} less {least.reserved_bytes:,} reserved, driver {driver}, {today}"
+        cuda = Figure(least.total_bytes - least.reserved_bytes, source, today)
     gpu = find_gpu(least.name) or _unknown(least.name)
-    return Machine(gpu._replace(usable_bytes=usable), len(boards))
+    return Machine(gpu._replace(usable_bytes=usable, cuda_bytes=cuda), len(boards))
 
 
 def _unknown(name: str) -> Gpu:

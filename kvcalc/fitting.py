@@ -6,9 +6,9 @@ or requests never take less. How much memory there is, is worked out in `kvcalc.
 
 from collections.abc import Callable, Mapping
 from math import inf
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvcalc.budget import BudgetLine, available
+from kvcalc.budget import BudgetLine, available, available_range
 from kvcalc.dtypes import storage_format
 from kvcalc.engines import Plan, load_engine, read_options
 from kvcalc.errors import InputError
@@ -16,6 +16,9 @@ from kvcalc.families import Architecture
 from kvcalc.origin import Origin
 from kvcalc.sizing import MAX_BATCH, SizeReport, rank_bytes, size_architecture
 from kvcalc.units import MAX_TOKENS, check_count
+
+if TYPE_CHECKING:
+    from kvcalc.weights import Weights
 
 SCHEMA = "kvcalc.fit/1"
 
@@ -29,23 +32,34 @@ class FitReport(NamedTuple):
       for each of `concurrency` requests (0 where none fits);
     - `printed`: what the engine itself says of such a pool, by its own names;
     - `budget`: the terms that `available_bytes` is the sum of, and `weights_bytes` the model's
-      weights on all ranks, None where they are not among them.
+      weights on all ranks, None where they are not among them, `weights_notes` what to know of it;
+    - each `_range`: the least and the most, where terms are estimates; both the same where not.
     """
 
     size: SizeReport
     available_bytes: int
     budget: tuple[BudgetLine, ...]
     weights_bytes: int | None
+    weights_notes: tuple[str, ...]
     concurrency: int
     needed_bytes: int
     max_concurrency: int
     max_tokens: int
     printed: Mapping[str, int | float | bool]
+    available_range: tuple[int, int]
+    max_concurrency_range: tuple[int, int]
+    max_tokens_range: tuple[int, int]
 
     @property
     def fits(self) -> bool:
-        """Whether the requests fit at once."""
+        """Whether the requests fit at once, by the estimates as they stand."""
         return self.needed_bytes <= self.available_bytes
+
+    @property
+    def sure(self) -> bool:
+        """Whether that is so wherever in their ranges the estimates lie."""
+        least, most = self.available_range
+        return self.needed_bytes <= least or self.needed_bytes > most
 
     @property
     def headroom_bytes(self) -> int:
@@ -67,11 +81,16 @@ class FitReport(NamedTuple):
             "kv_cache_bytes_per_rank": self.available_bytes,
             "budget": [line._asdict() for line in self.budget],
             "weights_bytes": self.weights_bytes,
+            "weights_notes": self.weights_notes,
+            "kv_cache_bytes_per_rank_range": self.available_range,
             "fits": self.fits,
+            "sure": self.sure,
             "needed_bytes": self.needed_bytes,
             "headroom_bytes": self.headroom_bytes,
             "max_concurrency": self.max_concurrency,
+            "max_concurrency_range": self.max_concurrency_range,
             "max_tokens": self.max_tokens,
+            "max_tokens_range": self.max_tokens_range,
             "printed": dict(self.printed),
         }
 
@@ -88,7 +107,7 @@ def fit_architecture(
     tp: int = 1,
     pp: int = 1,
     options: Mapping[str, Any] | None = None,
-    weights_bytes: int | None = None,
+    weights: "Weights | None" = None,
 ) -> FitReport:
     """What the memory that the `budget` leaves each rank holds.
 
@@ -127,21 +146,32 @@ def fit_architecture(
         read_options(engine, runtime.OPTIONS, options or {}),
     )
     room = getattr(runtime, "room", None)
-    needed = report.bytes_per_rank
+    bounds = available_range(budget)
+
+    def most(memory: int) -> tuple[int, int]:
+        """Most requests at once, and the longest sequence."""
+        return (
+            _largest(lambda batch: takes(seq_tokens, batch), memory, MAX_BATCH, concurrency, 1),
+            _largest(lambda tokens: takes(tokens, concurrency), memory, MAX_TOKENS, seq_tokens, 16),
+        )
+
+    found = {memory: most(memory) for memory in {available_bytes, *bounds}}
+    requests, tokens = found[available_bytes]
+    fewest, largest = (found[memory] for memory in bounds)
     return FitReport(
         size=report,
         available_bytes=available_bytes,
         budget=budget,
-        weights_bytes=weights_bytes,
+        weights_bytes=weights and weights.num_bytes,
+        weights_notes=weights.notes if weights else (),
         concurrency=concurrency,
-        needed_bytes=needed,
-        max_concurrency=_largest(
-            lambda batch: takes(seq_tokens, batch), available_bytes, MAX_BATCH, concurrency, 1
-        ),
-        max_tokens=_largest(
-            lambda tokens: takes(tokens, concurrency), available_bytes, MAX_TOKENS, seq_tokens, 16
-        ),
+        needed_bytes=report.bytes_per_rank,
+        max_concurrency=requests,
+        max_tokens=tokens,
         printed=room(architecture, plan, available_bytes) if room else {},
+        available_range=bounds,
+        max_concurrency_range=(fewest[0], largest[0]),
+        max_tokens_range=(fewest[1], largest[1]),
     )
 
 

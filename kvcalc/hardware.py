@@ -1,8 +1,9 @@
 """Accelerators as `profiles/gpus/` describes them: what a source vouches for, and nothing computed.
 
 A figure without a source is None. Tensor rates are dense; memory is nominal, `usable_bytes` is what
-a driver reported; transfer rates are those of one GPU in one direction, and where GPUs have no link
-of their own, the interconnect is the PCIe bus. Nothing here asks the machine it runs on.
+nvidia-smi and its like report, `cuda_bytes` the total that CUDA or HIP tells a program. Transfer
+rates are those of one GPU in one direction, and where GPUs have no link of their own, the
+interconnect is the PCIe bus. Nothing here asks the machine it runs on.
 """
 
 import datetime
@@ -59,8 +60,16 @@ class Gpu(NamedTuple):
     pcie_bytes_per_second: Figure | None
     power_watts: Figure | None
     notes: str | None
+    cuda_bytes: Figure | None = None
     price_per_hour: Price | None = None
 
+    @property
+    def total_bytes(self) -> Figure | None:
+        """What a driver says that there is, as a program is told where that is known."""
+        return self.cuda_bytes or self.usable_bytes
+
+
+OPTIONAL = ("cuda_bytes", "price_per_hour")
 
 FIGURES = tuple(name for name, kind in Gpu.__annotations__.items() if kind == Figure | None)
 """The fields of a Gpu that are figures."""
@@ -131,7 +140,8 @@ def read_gpu(path: Path) -> Gpu:
     and for a file that cannot be read. Only a user's own file has a price.
     """
     place, root = read(path, remedy="; kvcalc gpus lists the ids there are")
-    at = record(place, root, Gpu._fields[1:-1], optional=Gpu._fields[-1:])
+    needed = [name for name in Gpu._fields[1:] if name not in OPTIONAL]
+    at = record(place, root, needed, optional=OPTIONAL)
 
     given = {
         key: (here, node)

@@ -53,6 +53,8 @@ VLLM = _Dialect(
         "--kv-cache-dtype": "point.kv_dtype",
         "--block-size": "options.block_size",
         "--max-num-batched-tokens": "options.max_num_batched_tokens",
+        "--max-num-seqs": "options.max_num_seqs",
+        "--enforce-eager": "options.enforce_eager=true",
         "--async-scheduling": "options.async_scheduling=true",
         "--no-async-scheduling": "options.async_scheduling=false",
         "--enable-prefix-caching": "options.enable_prefix_caching=true",
@@ -63,10 +65,10 @@ VLLM = _Dialect(
         "--revision": "point.revision",
     },
     harmless=_harmless(
-        "--enforce-eager --trust-remote-code --enable-auto-tool-choice --disable-log-requests "
+        "--trust-remote-code --enable-auto-tool-choice --disable-log-requests "
         "--enable-chunked-prefill --no-enable-chunked-prefill --enable-expert-parallel "
         "--disable-log-stats --enable-log-requests",
-        "--host --port --api-key --served-model-name --dtype --tokenizer --seed --max-num-seqs "
+        "--host --port --api-key --served-model-name --dtype --tokenizer --seed "
         "--tool-call-parser --reasoning-parser --chat-template --uvicorn-log-level --download-dir "
         "--quantization -q --load-format --distributed-executor-backend --generation-config "
         "--limit-mm-per-prompt --config-format --tokenizer-mode",

@@ -92,7 +92,7 @@ def plan(
     check_count(max_gpus, name="--max-gpus", most=MAX_GPUS)
     priced = read_prices(prices) if prices else {}
     kinds = {name: _kind(name, max_gpus, priced) for name in gpus or gpu_ids()}
-    unknown = [kind.gpu.id for kind in kinds.values() if not kind.gpu.usable_bytes]
+    unknown = [kind.gpu.id for kind in kinds.values() if not kind.gpu.total_bytes]
     if gpus and unknown:
         msg = (
             f"no driver's figure of the memory of {', '.join(unknown)} is known; leave it out, or "
@@ -126,8 +126,8 @@ class _Kind(NamedTuple):
     price: Price | None
 
     @property
-    def usable_bytes(self) -> int:
-        return self.gpu.usable_bytes.value if self.gpu.usable_bytes else 0
+    def total_bytes(self) -> int:
+        return self.gpu.total_bytes.value if self.gpu.total_bytes else 0
 
 
 def _kind(given: str, most: int, priced: Mapping[str, Price]) -> _Kind:
@@ -145,7 +145,7 @@ def _deployment(kind: _Kind, fit: FitReport) -> Deployment:
         tp=tp,
         pp=pp,
         kv_dtype=fit.size.kv_dtype,
-        memory_bytes=tp * pp * kind.usable_bytes,
+        memory_bytes=tp * pp * kind.total_bytes,
         fit=fit,
         price_per_hour=price and price._replace(value=tp * pp * price.value),
     )
@@ -168,7 +168,7 @@ class _Search:
         """The report of the fewest GPUs that hold the requests, if any number does."""
         for tp, pp in self._shapes(kind.most):
             least = self._least_bytes(kind, kv_dtype, tp, pp)
-            if least is None or least > kind.usable_bytes:
+            if least is None or least > kind.total_bytes:
                 continue
             try:
                 fit = api.fit(
@@ -199,7 +199,7 @@ class _Search:
         if self.first is None or shape in self._least:
             return self._least.get(shape, 0)
         weights = ceil_div(self.first.weights_bytes or 0, tp * pp)
-        if weights > kind.usable_bytes:
+        if weights > kind.total_bytes:
             return weights
         try:
             cache = rank_bytes(

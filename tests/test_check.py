@@ -167,7 +167,6 @@ deployments:
         ("    model:", "    tp: two\n    model:", 6, "whole number"),
         ("    model:", "    count: 3\n    pp: 2\n    model:", 6, "3 GPUs"),
         ("    model:", "    gpu: a10\n    kv_memory: 1GiB\n    model:", 7, "one of the two"),
-        ("    model:", "    gpu: a10\n    model:", 6, "missing key 'reserve'"),
         ("    model:", "    share: 90\n    model:", 6, "such as 0.9"),
         ("20GiB", "!!python/object/apply:os.system [exit]", 2, "defaults.kv_memory: a tag"),
         ("20GiB", "!!int 20", 2, "a tag"),
@@ -636,3 +635,38 @@ def test_a_gpu_gives_what_fit_works_out(tmp_path):
     fit = kvcalc.fit("meta-llama/Meta-Llama-3-8B", seq="8k", concurrency=8, **budget)
     assert (figures["kv_memory"], figures["weights"]) == (fit.available_bytes, fit.weights_bytes)
     assert figures["weights"] > 14 * GIB
+
+
+def test_what_estimates_leave_open_is_told(tmp_path, monkeypatch, capsys):
+    """A requirement that holds at one end of the estimates' range and not at the other is open,
+    exit 3, wherever it is told; what both ends agree on is decided, and a reserve decides all.
+    """
+    fit = kvcalc.fit("meta-llama/Llama-3-8B", gpu="h100-sxm-80gb", seq="8k")
+    fewest, most = fit.max_concurrency_range
+    text = (
+        "deployments:\n  chat:\n    model: meta-llama/Llama-3-8B\n    gpu: h100-sxm-80gb\n"
+        "    workload: {sequence: 8k, concurrency: 4}\n"
+        f"    require: [fits, max_concurrency >= {most}]\n"
+    )
+    result = one(tmp_path, text)
+    assert result.status == "open"
+    decided, undecided = result.outcomes
+    assert (decided.holds, decided.ends) == (True, None)
+    assert undecided.ends == (fewest, most)
+    summary = tmp_path / "summary.md"
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
+    junit = tmp_path / "junit.xml"
+    file = tmp_path / "kvcalc.yaml"
+    assert cli.run(["check", str(file), "--junit", str(junit)]) == 3
+    said = f"max_concurrency >= {most} is open: {fewest} to {most} as estimates range"
+    shown = capsys.readouterr()
+    assert said in shown.out
+    assert "1 deployment: 1 is open" in shown.out
+    assert said in shown.err
+    assert f"is open: {fewest} to {most}" in summary.read_text("utf-8")
+    errors = ET.fromstring(junit.read_text("utf-8")).findall(".//error")  # noqa: S314 - ours
+    assert [error.get("type") for error in errors] == ["open"]
+    for bound, status in ((fewest, "holds"), (most + 1, "fails")):
+        assert one(tmp_path, text.replace(f">= {most}", f">= {bound}")).status == status
+    assert one(tmp_path, f"{text}    reserve: 4GiB\n").status in {"holds", "fails"}

@@ -11,6 +11,7 @@ from kvcalc.device import choose_gpu, this_machine
 from kvcalc.errors import InputError, MissingDependencyError
 from kvcalc.hardware import load_gpu
 from kvcalc.planning import plan
+from kvcalc.units import GIB
 
 H100 = "NVIDIA H100 80GB HBM3"
 TOTAL, RESERVED = 81_559 * 2**20, 557 * 2**20
@@ -67,20 +68,24 @@ def test_the_memory_is_nvmls_less_what_is_reserved(nvml):
     nvml({})
     gpu = choose_gpu("auto")
     known = load_gpu("h100-sxm-80gb")
-    assert gpu.usable_bytes.value == TOTAL - RESERVED
-    assert gpu._replace(usable_bytes=known.usable_bytes) == known
-    assert gpu.usable_bytes.source == (
+    assert gpu.usable_bytes.value == TOTAL
+    assert gpu.total_bytes.value == TOTAL - RESERVED
+    assert gpu._replace(usable_bytes=known.usable_bytes, cuda_bytes=known.cuda_bytes) == known
+    assert gpu.total_bytes.source == (
         "NVML of this machine: total 85,520,809,984 less 584,056,832 reserved, driver 550.54.15, "
-        f"{gpu.usable_bytes.date}"
+        f"{gpu.cuda_bytes.date}"
     )
 
 
 def test_a_driver_that_tells_the_total_alone_is_taken_by_its_word(nvml):
-    """Without the second version of the query the source says that CUDA sees less."""
+    """Without the second version of the query what CUDA sees less is estimated."""
     nvml({}, missing=["v2"])
-    usable = choose_gpu("auto").usable_bytes
-    assert usable.value == TOTAL
-    assert "total 85,520,809,984 (CUDA sees a little less), driver" in usable.source
+    gpu = choose_gpu("auto")
+    assert gpu.cuda_bytes is None
+    assert gpu.total_bytes.value == TOTAL
+    assert "total 85,520,809,984, driver" in gpu.total_bytes.source
+    terms = [line.name for line in kvcalc.fit(MODEL, gpu="auto").budget]
+    assert terms[:2] == ["device memory", "driver"]
 
 
 def test_a_board_that_the_catalogue_does_not_know_has_its_memory_alone(nvml):
@@ -88,7 +93,7 @@ def test_a_board_that_the_catalogue_does_not_know_has_its_memory_alone(nvml):
     nvml({"name": "NVIDIA Test 1"})
     gpu = choose_gpu("auto")
     assert gpu.id == gpu.name == "NVIDIA Test 1"
-    assert gpu.usable_bytes.value == TOTAL - RESERVED
+    assert gpu.total_bytes.value == TOTAL - RESERVED
     assert gpu.bandwidth_bytes_per_second is gpu.memory_bytes is None
 
 
@@ -96,7 +101,7 @@ def test_several_of_a_kind_serve_as_ranks(nvml):
     """There must be a GPU for each rank; the smallest of them counts."""
     nvml({}, {"memory": {"total": TOTAL - 2**20}})
     assert this_machine().num_gpus == 2
-    assert choose_gpu("auto", ranks=2).usable_bytes.value == TOTAL - RESERVED - 2**20
+    assert choose_gpu("auto", ranks=2).total_bytes.value == TOTAL - RESERVED - 2**20
     with pytest.raises(InputError, match=r"2 × NVIDIA H100 80GB HBM3, fewer than the 4 ranks"):
         kvcalc.fit(MODEL, gpu="auto", reserve="1GiB", tp=2, pp=2)
 
@@ -139,7 +144,7 @@ def test_fit_adds_up_the_memory_of_this_machine(nvml, capsys):
     nvml({})
     assert cli.run(["fit", MODEL, "--gpu", "auto", "--reserve", "1GiB"]) == 0
     shown = capsys.readouterr().out
-    assert f"{TOTAL - RESERVED:,}" in shown
+    assert f"{(TOTAL - RESERVED) / GIB:.3f}" in shown
     assert "device memory: NVML of this machine: total 85,520,809,984" in shown
 
 

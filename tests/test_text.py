@@ -384,8 +384,8 @@ def test_accelerators_are_listed(screen):
         screen("gpus", "hopper", "h100")
         == """\
 GPU             Architecture      Memory      Usable   GB/s  BF16 TFLOPS    W
-h100-nvl-94gb   Hopper        94.000 GiB              3,940        835.0  400
-h100-pcie-80gb  Hopper        80.000 GiB              2,000        756.5  350
+h100-nvl-94gb   Hopper        94.000 GiB  93.584 GiB  3,940        835.0  400
+h100-pcie-80gb  Hopper        80.000 GiB  79.647 GiB  2,000        756.5  350
 h100-sxm-80gb   Hopper        80.000 GiB  79.647 GiB  3,350        989.4  700
 
 3 accelerators matching 'hopper h100'; --json gives each figure's source and date"""
@@ -395,9 +395,9 @@ h100-sxm-80gb   Hopper        80.000 GiB  79.647 GiB  3,350        989.4  700
 
 def test_accelerators_as_data(capsys):
     """`--json` gives each figure with source and date, and null where nothing vouches for it."""
-    assert cli.run(["gpus", "h100-pcie", "--json"]) == 0
+    assert cli.run(["gpus", "h200-nvl", "--json"]) == 0
     (gpu,) = json.loads(capsys.readouterr().out)["gpus"]
-    assert gpu["bandwidth_bytes_per_second"]["value"] == 2_000_000_000_000
+    assert gpu["bandwidth_bytes_per_second"]["value"] == 4_800_000_000_000
     assert gpu["bandwidth_bytes_per_second"]["source"]
     assert gpu["usable_bytes"] is None
 

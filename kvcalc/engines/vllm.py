@@ -53,6 +53,12 @@ OPTIONS: Mapping[str, Option] = {
     "max_num_batched_tokens": Option(
         "count", 8192, "tokens of a step; vllm serve: 2048 under 70 GiB, 16384 from 160 GiB"
     ),
+    "max_num_seqs": Option(
+        "count", 256, "requests of a step, which a budget samples; vllm serve: 1024 from 70 GiB"
+    ),
+    "enforce_eager": Option("flag", False, "no CUDA graphs in a budget"),
+    "estimate_cudagraphs": Option("flag", True, "graphs in a budget; vLLM before 0.21: false"),
+    "sampler_sort": Option("flag", False, "sampling sorts all words; vLLM before 0.17: true"),
     "async_scheduling": Option("flag", True, "one batch more in flight"),
     "enable_prefix_caching": Option("flag", None, "else on, but off for models without attention"),
     "mamba_ssm_cache_dtype": Option("format", None, "recurrent states; else as the model says"),

@@ -105,13 +105,20 @@ def _percent(part: Fraction) -> str:
 
 def broken(outcome: Outcome) -> str:
     """What does not hold, and what was found: `max_concurrency >= 24 does not hold: 9`."""
-    return f"{outcome.requirement.text} does not hold: {found(outcome)}"
+    return f"{outcome.requirement.text} {found(outcome)}"
 
 
 def found(outcome: Outcome) -> str:
-    """What a requirement was held against."""
-    value = outcome.found
-    kind = FIGURES[outcome.requirement.figure].kind
+    """What became of a requirement, and what it was held against."""
+    figure = outcome.requirement.figure
+    if outcome.ends is None:
+        return f"does not hold: {_value(figure, outcome.found)}"
+    worst, best = (_value(figure, end) for end in outcome.ends)
+    return f"is open: {worst} to {best} as estimates range; give reserve to decide"
+
+
+def _value(figure: str, value: int | Fraction) -> str:
+    kind = FIGURES[figure].kind
     if isinstance(value, Fraction):
         return _percent(value)
     if kind == "flag":
@@ -122,10 +129,14 @@ def found(outcome: Outcome) -> str:
 def verdict(report: CheckReport) -> str:
     """How many deployments there are, and what became of them."""
     statuses = [result.status for result in report.results]
-    counted = {name: statuses.count(name) for name in ("holds", "fails", "refused", "bad")}
+    counted = {name: statuses.count(name) for name in ("holds", "fails", "open", "refused", "bad")}
     counted["bad file"] = len(report.errors)
     words = {"holds": ("holds", "hold"), "fails": ("fails", "fail"), "refused": ("is refused",) * 2}
-    words |= {"bad": ("is bad", "are bad"), "bad file": ("bad file", "bad files")}
+    words |= {
+        "open": ("is open", "are open"),
+        "bad": ("is bad", "are bad"),
+        "bad file": ("bad file", "bad files"),
+    }
     told_of = ", ".join(
         f"{count} {words[name][count != 1]}" for name, count in counted.items() if count
     )
@@ -133,9 +144,10 @@ def verdict(report: CheckReport) -> str:
 
 
 def _failures(report: CheckReport) -> Iterator[tuple[Result, Outcome]]:
+    """What does not hold, or is left open."""
     for result in report.results:
         for outcome in result.outcomes:
-            if not outcome.holds:
+            if outcome.ends is not None or not outcome.holds:
                 yield result, outcome
 
 
@@ -213,7 +225,11 @@ def junit_xml(report: CheckReport) -> str:
             said = f"{result.error_place}: {result.error}"
             case(file, name, "figures", _problem("error", said, result.status))
         for outcome in result.outcomes:
-            body = "" if outcome.holds else _problem("failure", broken(outcome), "fails")
+            body = ""
+            if outcome.ends is not None:
+                body = _problem("error", broken(outcome), "open")
+            elif not outcome.holds:
+                body = _problem("failure", broken(outcome), "fails")
             case(file, name, outcome.requirement.text, body)
     lines = ['<?xml version="1.0" encoding="UTF-8"?>', "<testsuites>"]
     for file, cases in suites.items():
@@ -252,10 +268,9 @@ def annotations(report: CheckReport) -> Iterator[str]:
         if result.error is not None and result.error_place is not None:
             place = result.error_place
             yield _annotation(place.file, place.line, title, str(result.error))
-        for outcome in result.outcomes:
-            if not outcome.holds:
-                place = _place(result, outcome)
-                yield _annotation(place.file, place.line, title, broken(outcome))
+        for _, outcome in _failures(report._replace(results=(result,))):
+            place = _place(result, outcome)
+            yield _annotation(place.file, place.line, title, broken(outcome))
 
 
 def _annotation(file: str, line: int, title: str, message: str) -> str:
@@ -277,8 +292,7 @@ def step_summary(report: CheckReport) -> str:
         lines += [_row(_cells(result)) for result in report.results]
         lines.append("")
     wrong = [
-        f"**{_plain(result.deployment.name)}**: `{outcome.requirement.text}` does not hold: "
-        f"{found(outcome)}"
+        f"**{_plain(result.deployment.name)}**: `{outcome.requirement.text}` {found(outcome)}"
         for result, outcome in _failures(report)
     ]
     wrong += [_plain(line) for line in _errors(report)]

@@ -12,7 +12,7 @@ from rich.text import Text
 from kvcalc.fitting import FitReport
 from kvcalc.planning import Deployment
 from kvcalc.sizing import SizeReport
-from kvcalc.units import format_bytes
+from kvcalc.units import GIB, format_bytes
 
 WIDTH = 500
 """Wider than any table: nothing is cut; a terminal folds long lines itself, a pipe keeps them."""
@@ -196,24 +196,26 @@ def print_fit(report: FitReport, changes: Sequence[str]) -> None:
     out.print()
     rank = " of each rank" if size.tp * size.pp > 1 else ""
     if len(report.budget) > 1:
-        rows = table("Memory" + rank, "Bytes", "", "is")
+        rows = table("Memory" + rank, "GiB", "Range", "is")
         for term in report.budget:
-            num_bytes = term.num_bytes
-            rows.add_row(term.name, f"{num_bytes:,}", format_bytes(num_bytes), term.provenance)
+            least, most = (end / GIB for end in term.bounds)
+            between = f"{least:.2f} to {most:.2f}" if least != most else ""
+            rows.add_row(term.name, f"{term.num_bytes / GIB:.3f}", between, term.provenance)
         out.print(rows)
         for term in report.budget:
             print_folded(out, f"{term.name}: ", term.source, "dim")
         out.print()
-    verdict = Text("fits", style="bold green") if report.fits else Text("does not fit", "bold red")
-    over = "left" if report.fits else "missing"
-    verdict.append(f"  {format_bytes(abs(report.headroom_bytes))} {over}", style="default")
     lines = {
         f"cache memory{rank}": Text(_both(report.available_bytes)),
         f"needed{rank}": Text(_both(report.needed_bytes)),
-        "": verdict,
-        "most requests": Text(f"{report.max_concurrency:,} of {size.seq_tokens:,} tokens at once"),
+        "": _verdict(report),
+        "most requests": Text(
+            f"{report.max_concurrency:,}{_between(report.max_concurrency_range)} of "
+            f"{size.seq_tokens:,} tokens at once"
+        ),
         "longest sequence": Text(
-            f"{report.max_tokens:,} tokens for {report.concurrency:,} at once"
+            f"{report.max_tokens:,}{_between(report.max_tokens_range)} tokens for "
+            f"{report.concurrency:,} at once"
         ),
     }
     widest = max(map(len, lines)) + 2
@@ -227,8 +229,25 @@ def print_fit(report: FitReport, changes: Sequence[str]) -> None:
     out.print()
     for line in provenance(size):
         out.print(line, style="dim")
-    for note in dict.fromkeys(size.notes):
+    for note in dict.fromkeys((*size.notes, *(f"weights: {one}" for one in report.weights_notes))):
         out.print(f"note: {note}", style="yellow")
+
+
+def _verdict(report: FitReport) -> Text:
+    """Whether it fits, by how much, and whether the estimates leave that open."""
+    fits = report.fits
+    verdict = Text("fits" if fits else "does not fit", "bold green" if fits else "bold red")
+    over = "left" if fits else "missing"
+    verdict.append(f"  {format_bytes(abs(report.headroom_bytes))} {over}", style="default")
+    if not report.sure:
+        other = "most" if fits else "least"
+        verdict.append(f", but not if estimates are at their {other}", style="bold yellow")
+    return verdict
+
+
+def _between(bounds: tuple[int, int]) -> str:
+    least, most = bounds
+    return "" if least == most else f" ({least:,} to {most:,})"
 
 
 def print_plan(deployments: Sequence[Deployment]) -> None:

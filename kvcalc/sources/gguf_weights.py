@@ -91,6 +91,7 @@ def weights_of_gguf(path: Path) -> Weights:
         format=by_format.most_common(1)[0][0],
         origin=f"{tables} of {path.name}: {num_tensors:,} tensors",
         notes=("every tensor in the file is counted",),
+        whole=True,
     )
 
 

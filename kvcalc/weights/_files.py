@@ -123,6 +123,7 @@ def _weights(tensors: Mapping[str, _Tensor], what: str) -> Weights:
         format=name,
         origin=f"{what}: {len(tensors):,} tensors",
         notes=tuple(notes),
+        whole=True,
     )
 
 

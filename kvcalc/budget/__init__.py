@@ -1,0 +1,108 @@
+"""The memory that an engine leaves for its cache on a GPU, line by line, each with what it is.
+
+What a driver reports, what an engine's rule says and what weights take is known. What activations,
+CUDA context and graphs take is estimated by a rule with a range, or the user gives it, as the
+engine's log has it. Each module here is one engine's rules, with the upstream files they follow.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from kvcalc.budget._terms import BudgetLine, Question
+from kvcalc.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from kvcalc.hardware import Gpu
+    from kvcalc.weights import Weights
+
+__all__ = ["BudgetLine", "available", "available_range", "engine_defaults", "gpu_budget"]
+
+MODULES: Mapping[str, str] = {
+    "vllm": "vllm",
+    "sglang": "sglang",
+    "tensorrt-llm": "tensorrt_llm",
+    "llama.cpp": "llama_cpp",
+}
+
+
+class Rules(Protocol):
+    """What a module of this package offers. `OPTION` is how the engine calls its share."""
+
+    OPTION: str
+
+    @staticmethod
+    def defaults(gpu: "Gpu", total_bytes: int) -> dict[str, Any]:
+        """Options that the server sets by the device, where nothing is said."""
+
+    @staticmethod
+    def lines(question: Question) -> list[BudgetLine]:
+        """The terms of one rank's cache memory."""
+
+
+def gpu_budget(
+    gpu: "Gpu",
+    weights: "Weights",
+    *,
+    config: Mapping[str, Any],
+    engine: str,
+    tp: int,
+    pp: int,
+    share: str | None,
+    reserve_bytes: int | None,
+    options: Mapping[str, Any],
+) -> tuple[BudgetLine, ...]:
+    """The terms of one rank's memory for its cache, which is their sum.
+
+    Without `reserve_bytes` what activations, context and graphs take is estimated; `options` are
+    the engine's own, all of them. Raises InputError for a share that is none or must be given, and
+    UnsupportedError for an engine without a rule, a GPU whose memory no driver printed, and a
+    config that does not say what an estimate needs.
+    """
+    from kvcalc.budget._decoder import read_decoder
+
+    rules = _rules(engine)
+    total_bytes(gpu)
+    try:
+        decoder = read_decoder(config)
+    except UnsupportedError:
+        if reserve_bytes is None:
+            raise
+        decoder = None
+    question = Question(gpu, weights, decoder, tp, pp, share, reserve_bytes, options)
+    return tuple(rules.lines(question))
+
+
+def engine_defaults(engine: str, gpu: "Gpu") -> dict[str, Any]:
+    """Options that an engine's server sets by the device it finds, where nothing is said."""
+    return _rules(engine).defaults(gpu, total_bytes(gpu))
+
+
+def total_bytes(gpu: "Gpu") -> int:
+    """What a driver says the device has; UnsupportedError where none is known to have said it."""
+    figure = gpu.total_bytes
+    if figure is None:
+        msg = (
+            f"no driver's figure of the memory of {gpu.id} is known; give --kv-memory, as the "
+            "engine prints it"
+        )
+        raise UnsupportedError(msg)
+    return figure.value
+
+
+def available(lines: Sequence[BudgetLine]) -> int:
+    """What the lines leave; nothing, where they leave less."""
+    return max(sum(line.num_bytes for line in lines), 0)
+
+
+def available_range(lines: Sequence[BudgetLine]) -> tuple[int, int]:
+    """What the lines leave at least and at most, all estimates being as bad, or as good."""
+    least, most = (sum(line.bounds[end] for line in lines) for end in (0, 1))
+    return max(least, 0), max(most, 0)
+
+
+def _rules(engine: str) -> Rules:
+    if engine not in MODULES:
+        msg = f"engine {engine} has no rule for a GPU's memory; choose {', '.join(MODULES)}"
+        raise UnsupportedError(msg)
+    return cast("Rules", importlib.import_module(f"{__name__}.{MODULES[engine]}"))

@@ -1,0 +1,136 @@
+"""vLLM: a share of all memory, less what a trial step took and what CUDA graphs will take.
+
+`gpu_memory_utilization` × total, rounded up, less the weights, less the peak of a step of
+`max_num_batched_tokens` with a sampled token for each of `max_num_seqs` requests, less what is not
+PyTorch's, and since 0.21 less the estimate of the graphs (vLLM 0.33.0 v1/worker/gpu_worker.py,
+utils/mem_utils.py). The CUDA context was there before and counts among what is left to others.
+
+Estimates follow 62 starts that vLLM logged, 13 of them in full (llm-d-planner d3121e05, vLLM 0.19.0
+on H100; llm-d-benchmark config_explorer, vLLM 0.11): the sampler's peak is 14.4 B for each request
+and word of the vocabulary, which explains 34 of them within 4 %, and 37.9 B before 0.17, where a
+sort of the whole vocabulary took part.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from kvcalc.budget._terms import (
+    GIB,
+    MIB,
+    BudgetLine,
+    Question,
+    device_lines,
+    encoder_lines,
+    expert_bytes,
+    forward_bytes,
+    read_share,
+    reserve_line,
+    share_line,
+    taken,
+    weights_line,
+)
+from kvcalc.units import ceil_div
+
+if TYPE_CHECKING:
+    from kvcalc.budget._decoder import Decoder
+    from kvcalc.hardware import Gpu
+
+OPTION = "gpu_memory_utilization"
+DEFAULT = "0.92"
+SOURCE = "vLLM 0.33.0 config/cache.py"
+
+LARGE_BYTES, LARGEST_BYTES = 70 * GIB, 160 * GIB
+"""From where on `vllm serve` takes longer steps (engine/arg_utils.py, get_batch_defaults)."""
+
+CONSTANT_BYTES = 64 * MIB
+"""Workspaces of cuBLAS and the like that are left when a step is over."""
+
+GRAPH_BYTES = 256 * 1024
+"""Of one graph and layer: 0.17 to 0.46 MiB in 13 logs."""
+
+
+def defaults(gpu: "Gpu", total_bytes: int) -> dict[str, Any]:
+    """What the server takes on this device where nothing is said."""
+    large = total_bytes >= LARGE_BYTES and "a100" not in gpu.name.lower()
+    tokens = 16384 if total_bytes >= LARGEST_BYTES else 8192
+    return {
+        "max_num_batched_tokens": tokens if large else 2048,
+        "max_num_seqs": 1024 if large else 256,
+    }
+
+
+def lines(question: Question) -> list[BudgetLine]:
+    """The terms of one rank's cache memory."""
+    terms = device_lines(question)
+    share = read_share(question.share or DEFAULT)
+    terms.append(share_line(terms, question, option=OPTION, share=share, up=True))
+    decoder = question.decoder
+    terms += [weights_line(question), *encoder_lines(question)]
+    if decoder is not None:
+        terms += _padding(question, decoder)
+    if question.reserve_bytes is not None or decoder is None:
+        return [*terms, reserve_line(question)]
+    terms += [_activations(question, decoder), _outside(question)]
+    if not question.options["enforce_eager"] and question.options["estimate_cudagraphs"]:
+        terms.append(_graphs(question, decoder))
+    return terms
+
+
+def _activations(question: Question, decoder: "Decoder") -> BudgetLine:
+    options = question.options
+    tokens = options["max_num_batched_tokens"]
+    requests = min(options["max_num_seqs"], tokens)
+    step = tokens * decoder.width * decoder.value_bytes
+    per_word = 379 if options["sampler_sort"] else 144
+    sampler = requests * decoder.vocabulary * per_word // 10 + step
+    forward = forward_bytes(decoder, tokens=tokens, tp=question.tp)
+    experts = expert_bytes(decoder, tokens=tokens, tp=question.tp)
+    images = 2 * step if decoder.encoder else 0
+    about = max(sampler, forward) + experts + images + CONSTANT_BYTES
+    rule = (
+        f"a step of {tokens:,} tokens, {requests:,} of which are sampled from "
+        f"{decoder.vocabulary:,} words at {per_word / 10} B: ± 15 %"
+    )
+    if decoder.encoder:
+        rule += "; an encoder's own peak is not in it"
+    return taken("activations", about, 0.85 * about, 1.15 * about, rule)
+
+
+def _padding(question: Question, decoder: "Decoder") -> list[BudgetLine]:
+    """Experts in mxfp4 are loaded with one width a multiple of 256: gpt-oss' 2,880 as 3,072."""
+    padded = ceil_div(decoder.expert_width, 256) * 256
+    if not decoder.packed_experts or padded == decoder.expert_width:
+        return []
+    more = decoder.expert_values * (padded - decoder.expert_width) // decoder.expert_width
+    about = more * 17 // 32 // question.ranks
+    rule = f"experts of {decoder.expert_width:,} as {padded:,} in one width; kernels differ"
+    return [taken("padding of experts", about, 0, 2.2 * about, rule)]
+
+
+def _outside(question: Question) -> BudgetLine:
+    if question.tp == 1:
+        rule = "0.02 to 0.5 GiB in logs of one rank"
+        return taken("outside PyTorch", GIB // 4, 0.02 * GIB, 0.5 * GIB, rule)
+    link, bus = question.gpu.interconnect_bytes_per_second, question.gpu.pcie_bytes_per_second
+    if link and bus and link.value > bus.value:
+        rule = "NCCL and all-reduce buffers over NVLink: 0.5 to 2.3 GiB in logs, 2.1 since 0.18"
+        return taken("outside PyTorch", 21 * GIB // 10, 0.5 * GIB, 2.3 * GIB, rule)
+    rule = "NCCL over PCIe: 0.1 to 1 GiB in logs"
+    return taken("outside PyTorch", 3 * GIB // 10, 0.1 * GIB, GIB, rule)
+
+
+def _graphs(question: Question, decoder: "Decoder") -> BudgetLine:
+    options = question.options
+    drafted = 1 + options["num_speculative_tokens"]
+    decoded = options["max_num_seqs"] * drafted
+    sizes = capture_sizes(min(2 * decoded, 512, options["max_num_batched_tokens"]))
+    graphs = len(sizes) + sum(size <= decoded for size in sizes)
+    layers = decoder.stage_layers(question.pp)
+    about = graphs * layers * GRAPH_BYTES
+    rule = f"{graphs} graphs of {layers} layers at 0.25 MiB: 0.17 to 0.46 in logs"
+    return taken("CUDA graphs", about, 0.65 * about, 1.85 * about, rule)
+
+
+def capture_sizes(largest: int) -> list[int]:
+    """The batches that are captured, up to the largest (config/vllm.py, _set_cudagraph_sizes)."""
+    sizes = [1, 2, 4, *range(8, 256, 8), *range(256, largest + 1, 16)]
+    return [size for size in sizes if size <= largest]

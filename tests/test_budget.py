@@ -1,6 +1,8 @@
 """What is left of a GPU for the cache: held against what engines logged when they started."""
 
+import datetime
 import json
+import statistics
 from itertools import product
 
 import pytest
@@ -10,7 +12,7 @@ from kvcalc import api, cli
 from kvcalc.budget import available, available_range
 from kvcalc.budget.sglang import prefill_sizes
 from kvcalc.budget.vllm import capture_sizes
-from kvcalc.hardware import load_gpu
+from kvcalc.hardware import Figure, load_gpu
 from kvcalc.units import GIB
 
 H100 = "h100-sxm-80gb"
@@ -43,6 +45,92 @@ requests; the graphs came on top.
 """
 
 
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True, "version": "gemm"}
+
+
+def nf4(*kept):
+    """Bitsandbytes with double quantisation, but for the head and the modules named."""
+    return {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_skip_modules": ["lm_head", *kept],
+    }
+
+
+def step(tokens, requests, **options):
+    """The options of a start."""
+    return {"max_num_batched_tokens": tokens, "max_num_seqs": requests, **options}
+
+
+BF16 = {"torch_dtype": "bfloat16"}
+
+STARTED = [
+    # model, what its config has else, GPU, GiB that CUDA told, share, printed GiB, the rest
+    ("meta-llama/Llama-3.2-3B-Instruct", {}, "t4", 14.741, 0.89386, 6.22,
+     {"options": step(2048, 192, **V11)}),
+    ("meta-llama/Llama-3.1-8B-Instruct", {"quantization_config": nf4("model.layers.1.mlp")},
+     "t4", 14.741, 0.5943, 2.39, {"options": step(1024, 160, **V11)}),
+    ("mistralai/Mistral-7B-Instruct-v0.3", {"quantization_config": nf4()},
+     "rtx-4090", 23.635, 0.5893, 9.53, {"options": step(1024, 224, **V11)}),
+    ("microsoft/phi-4", {"quantization_config": nf4(), "model_type": "llama"},
+     "t4", 14.741, 0.6952, 1.24, {"options": step(512, 128, **V11)}),
+    ("Qwen/Qwen2.5-3B-Instruct",
+     BF16 | {"tie_word_embeddings": True, "quantization_config": nf4(
+         "model.layers.2.mlp", "model.layers.3.mlp", "model.layers.30.mlp")},
+     "t4", 14.741, 0.4966, 4.01, {"options": step(1024, 192, **V11)}),
+    ("meta-llama/Llama-3.2-1B-Instruct", {"quantization_config": FP8},
+     "l4", 22.161, 0.866151, 17.2, {"options": step(2048, 288, **V11)}),
+    ("Qwen/Qwen3-8B", {"quantization_config": FP8},
+     "l4", 22.161, 0.866151, 8.98, {"options": step(2048, 224, **V11)}),
+    ("Qwen/Qwen3-14B", {}, "a100-sxm-40gb", None, 0.9, 6.51, {"options": V11}),
+    ("Qwen/Qwen3-235B-A22B", {"quantization_config": FP8},
+     H100, None, 0.9, 8.11, {"tp": 4, "options": V11}),
+    ("meta-llama/Llama-3.1-8B", {}, "rtx-a5000", None, 0.9, 5.29,
+     {"options": V19 | {"enforce_eager": True}}),
+    ("meta-llama/Llama-3.1-8B-Instruct", {}, H100, None, 0.9, 51.63, {"options": V11}),
+    ("nvidia/Qwen3.6-35B-A3B-NVFP4", {"quantization_config": None},
+     "gb10-dgx-spark", 119.63, 0.95, 47.55, {"options": step(2048, 256)}),
+    ("nvidia/Qwen3.5-122B-A10B-NVFP4", {}, "jetson-agx-thor", 122.82, 0.85, 24.05,
+     {"kv_dtype": "fp8", "options": step(2048, 8, **V19)}),
+    ("google/gemma-4-26B-A4B-it", BF16, "jetson-agx-thor", 122.82, 0.85, 51.62,
+     {"kv_dtype": "fp8", "options": step(2048, 256, **V19)}),
+    ("google/gemma-4-26B-A4B-it", BF16, "gb10-dgx-spark", 119.63, 0.8, 44.03,
+     {"options": step(4096, 256)}),
+    ("Qwen/Qwen3-235B-A22B", {"quantization_config": FP8},
+     H100, None, 0.93, 16.47, {"engine": "sglang", "tp": 4}),
+    ("Qwen/Qwen2.5-1.5B-Instruct", BF16, "gb10-dgx-spark", 119.63, 0.4, 41.67,
+     {"engine": "sglang"}),
+    ("Qwen/Qwen2.5-1.5B-Instruct", BF16, "gb10-dgx-spark", 119.63, 0.4, 41.45,
+     {"engine": "sglang"}),
+    ("google/gemma-4-31B-it", BF16 | {"quantization_config": AWQ},
+     "rtx-3090", None, 0.92, 9.93, {"engine": "sglang", "tp": 2, "kv_dtype": "fp8"}),
+    ("HuggingFaceTB/SmolLM2-135M-Instruct", BF16 | {"tie_word_embeddings": True},
+     "rtx-4070-super", None, 0.9, 9.06, {"engine": "tensorrt-llm"}),
+]  # fmt: skip
+"""Starts of vLLM 0.7 to 0.20, SGLang and TensorRT-LLM on nine kinds of device, with the memory that
+they printed for the cache: unslothai/notebooks (T4, L4, 4090), vllm-project/vllm issues 21348 and
+others, jethac/dgx-spark-hijinks and djangodevreng/dgx-spark-benchmarks (GB10).
+"""
+
+
+def started(model, own, gpu, total, share, rest):
+    """What `fit` says of such a start."""
+    config = dict(api.read_model(model).config) | own
+    if "gemma-4-31B" in model:
+        config["text_config"] = config["text_config"] | {"enable_moe_block": False}
+    device = load_gpu(gpu)
+    if total is not None:
+        told = Figure(round(total * GIB), "the log", datetime.date(2026, 11, 26))
+        device = device._replace(cuda_bytes=told)
+    return kvcalc.fit(config, gpu=device, share=share, seq=512, **rest)
+
+
 def budget_of(report):
     """The terms by their names, GiB taken away."""
     return {line.name.split(" /")[0]: line for line in report.budget}
@@ -61,6 +149,17 @@ def test_estimates_are_what_vllm_logged(model, tp, share, options, activations, 
         assert report.available_bytes / GIB == pytest.approx(memory, rel=0.02, abs=0.6)
         least, most = report.available_range
         assert least <= memory * GIB <= most
+
+
+def test_starts_on_many_devices_are_met():
+    """Each of twenty is met within 10 %, half of them within 4 %."""
+    errors = [
+        started(model, own, gpu, total, share, rest).available_bytes / GIB / printed - 1
+        for model, own, gpu, total, share, printed, rest in STARTED
+    ]
+    assert len(errors) == 20
+    assert max(map(abs, errors)) <= 0.1
+    assert statistics.median(map(abs, errors)) <= 0.04
 
 
 def test_an_encoder_widens_the_range():

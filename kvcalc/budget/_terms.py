@@ -18,6 +18,14 @@ GIB = 2**30
 
 ESTIMATE = "estimate"
 
+UNIFIED = ("gb10", "thor", "orin")
+"""In names of devices whose memory is the host's, too: what the system and its page cache take
+counts as taken by the engine.
+"""
+
+USUAL_ENCODER = 550_000_000
+"""Parameters: SigLIP so400m has 0.43, those of Qwen 2.5 VL and Gemma 4 0.6 billion."""
+
 
 class BudgetLine(NamedTuple):
     """One term of the sum: `num_bytes` is negative where it is taken away.
@@ -61,6 +69,17 @@ class Question(NamedTuple):
     def ranks(self) -> int:
         """How many GPUs it takes."""
         return self.tp * self.pp
+
+    @property
+    def unified(self) -> bool:
+        """Whether the device's memory is the host's."""
+        return any(word in self.gpu.name.lower() for word in UNIFIED)
+
+    @property
+    def linked(self) -> bool:
+        """Whether GPUs of this kind have a link that is faster than the bus."""
+        link, bus = self.gpu.interconnect_bytes_per_second, self.gpu.pcie_bytes_per_second
+        return link is not None and bus is not None and link.value > bus.value
 
 
 def taken(name: str, about: int, least: float, most: float, source: str) -> BudgetLine:
@@ -113,8 +132,9 @@ def encoder_lines(question: Question) -> list[BudgetLine]:
     encoder = decoder.encoder
     about = encoder.num_values * decoder.value_bytes
     if not encoder.known:
-        rule = "what an excerpt of a config leaves out: none, or up to 2 billion parameters"
-        return [taken("encoder", about, 0, 4 * 10**9, rule)]
+        about = USUAL_ENCODER * decoder.value_bytes
+        rule = "left out by an excerpt of a config: none, or up to 2 billion parameters"
+        return [taken("encoder", about, 0, 2 * 10**9 * decoder.value_bytes, rule)]
     rule = (
         f"{encoder.layers} layers of {encoder.width:,}, whole on every rank: half of it to twice "
         "as much"

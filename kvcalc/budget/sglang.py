@@ -62,14 +62,24 @@ def lines(question: Question) -> list[BudgetLine]:
     """The terms of one rank's cache memory."""
     terms = device_lines(question)
     if question.reserve_bytes is None:
-        context = GIB // 2 if question.tp == 1 else GIB
-        rule = "CUDA context, and NCCL on several ranks, before loading: 0.3 to 2 GiB in logs"
-        terms.append(taken("context", context, 0.3 * GIB, context + GIB, rule))
+        terms.append(_context(question))
     share, said = _share(question)
     rest = share_line(terms, question, option=OPTION, share=share, up=True)
     terms.append(rest._replace(name="activations, graphs", source=said))
     terms += [weights_line(question), *encoder_lines(question)]
     return terms if question.reserve_bytes is None else [*terms, reserve_line(question)]
+
+
+def _context(question: Question) -> BudgetLine:
+    """What is gone when loading begins ("Load weight begin. avail mem")."""
+    if question.unified:
+        rule = "what the host has taken of the same memory: 7.4 and 7.7 GiB in logs"
+        return taken("context", 5 * GIB, GIB, 9 * GIB, rule)
+    if question.tp > 1 and question.linked:
+        rule = "CUDA context and NCCL over NVLink: 1.4 to 4.5 GiB in logs"
+        return taken("context", 18 * GIB // 10, 1.4 * GIB, 4.5 * GIB, rule)
+    rule = "CUDA context, and NCCL over PCIe: 0.4 to 1 GiB in logs"
+    return taken("context", 6 * GIB // 10, 0.4 * GIB, 1.2 * GIB, rule)
 
 
 def _share(question: Question) -> tuple[Fraction, str]:

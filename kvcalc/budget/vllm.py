@@ -44,6 +44,9 @@ LARGE_BYTES, LARGEST_BYTES = 70 * GIB, 160 * GIB
 CONSTANT_BYTES = 64 * MIB
 """Workspaces of cuBLAS and the like that are left when a step is over."""
 
+HOPPER = 9
+"""Compute capability of the first devices whose attention kernels take more."""
+
 GRAPH_BYTES = 256 * 1024
 """Of one graph and layer: 0.17 to 0.46 MiB in 13 logs."""
 
@@ -90,9 +93,11 @@ def _activations(question: Question, decoder: "Decoder") -> BudgetLine:
         f"a step of {tokens:,} tokens, {requests:,} of which are sampled from "
         f"{decoder.vocabulary:,} words at {per_word / 10} B: ± 15 %"
     )
+    most = 1.15 * about
     if decoder.encoder:
-        rule += "; an encoder's own peak is not in it"
-    return taken("activations", about, 0.85 * about, 1.15 * about, rule)
+        most += GIB
+        rule += ", and up to 1 GiB of the encoder's"
+    return taken("activations", about, 0.85 * about, most, rule)
 
 
 def _padding(question: Question, decoder: "Decoder") -> list[BudgetLine]:
@@ -107,11 +112,15 @@ def _padding(question: Question, decoder: "Decoder") -> list[BudgetLine]:
 
 
 def _outside(question: Question) -> BudgetLine:
+    if question.unified:
+        rule = "and the host's page cache, where memory is the host's: 0.2 to 5 GiB in logs"
+        return taken("outside PyTorch", 2 * GIB, 0.2 * GIB, 5.5 * GIB, rule)
     if question.tp == 1:
-        rule = "0.02 to 0.5 GiB in logs of one rank"
-        return taken("outside PyTorch", GIB // 4, 0.02 * GIB, 0.5 * GIB, rule)
-    link, bus = question.gpu.interconnect_bytes_per_second, question.gpu.pcie_bytes_per_second
-    if link and bus and link.value > bus.value:
+        since = (question.gpu.compute_capability or "0").split(".")[0]
+        about = GIB // 4 if int(since) >= HOPPER else GIB // 20
+        rule = "of one rank: 0.13 to 0.46 GiB in logs of Hopper and Blackwell, else 0.01 to 0.1"
+        return taken("outside PyTorch", about, about / 5, 2 * about, rule)
+    if question.linked:
         rule = "NCCL and all-reduce buffers over NVLink: 0.5 to 2.3 GiB in logs, 2.1 since 0.18"
         return taken("outside PyTorch", 21 * GIB // 10, 0.5 * GIB, 2.3 * GIB, rule)
     rule = "NCCL over PCIe: 0.1 to 1 GiB in logs"

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvcalc import sources
 from kvcalc.budget import BudgetLine, engine_defaults, gpu_budget
+from kvcalc.config import ConfigFields
 from kvcalc.engines import engine_names, load_engine, read_options
 from kvcalc.errors import InputError, KvcalcError, UnsupportedError
-from kvcalc.families import Architecture, describe
+from kvcalc.families import Architecture, decoder_level, describe
 from kvcalc.fitting import FitReport, fit_architecture
 from kvcalc.origin import Origin
 from kvcalc.pasted import read_command
@@ -126,10 +127,19 @@ def fit(
     engine's server sets by the device are set so. Without `seq` the model's own maximum is meant.
     Raises what `size` raises.
     """
-    architecture, origin, config = read_model(model, revision=revision)
+    read = read_model(model, revision=revision)
+    architecture, origin, config = read
     if seq is None and not architecture.max_tokens:
         msg = f"{origin.requested} does not say its longest sequence; give --seq"
         raise InputError(msg)
+    check_count(tp, name="tp", most=MAX_RANKS)
+    check_count(pp, name="pp", most=MAX_RANKS)
+    if (heads := attention_heads(read)) % tp:
+        msg = (
+            f"engines give each rank whole query heads, and {heads} are no multiple of --tp {tp}; "
+            "deciding field: num_attention_heads"
+        )
+        raise UnsupportedError(msg)
     weights: Weights | None = None
     told = dict(options or {})
     if kv_memory is not None:
@@ -145,8 +155,6 @@ def fit(
         from kvcalc.device import choose_gpu
         from kvcalc.sources.checkpoint import weights_of_model
 
-        check_count(tp, name="tp", most=MAX_RANKS)
-        check_count(pp, name="pp", most=MAX_RANKS)
         device = choose_gpu(gpu, ranks=tp * pp)
         told = {**engine_defaults(engine, device), **told}
         weights = weights_of_model(config, origin)
@@ -174,6 +182,14 @@ def fit(
         pp=pp,
         options=told,
     )
+
+
+def attention_heads(model: Model) -> int:
+    """Query heads of the decoder; 0, which any number divides, where there is no one number."""
+    level = decoder_level(model.config)
+    fields = ConfigFields(level.config, model_type=level.model_type, prefix=level.prefix)
+    heads = fields.get("num_attention_heads")
+    return heads if isinstance(heads, int) else 0
 
 
 def pasted_deployment(command: str, **given: Any) -> tuple[str, dict[str, Any]]:  # noqa: ANN401

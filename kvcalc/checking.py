@@ -647,7 +647,7 @@ class _Runs:
         key = (deployment.model, deployment.given.get("revision"), size.kv_dtype, size.seq_tokens)
         if key not in self._tokens:
             try:
-                taken = rank_bytes(
+                taken, _ = rank_bytes(
                     model.architecture,
                     kv_dtype=size.kv_dtype,
                     engine="model",

@@ -9,8 +9,7 @@ from math import inf
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvcalc.budget import BudgetLine, available, available_range
-from kvcalc.dtypes import storage_format
-from kvcalc.engines import Plan, load_engine, read_options
+from kvcalc.engines import load_engine
 from kvcalc.errors import InputError
 from kvcalc.families import Architecture
 from kvcalc.origin import Origin
@@ -128,7 +127,8 @@ def fit_architecture(
     report = size_architecture(
         architecture, origin=origin, seq_tokens=seq_tokens, batch=concurrency, **point
     )
-    needed_by = rank_bytes(architecture, **point)
+    needed_by, plan = rank_bytes(architecture, **point)
+    plan = plan._replace(tokens=seq_tokens, batch=concurrency)
 
     def takes(tokens: int, batch: int) -> float:
         try:
@@ -136,16 +136,7 @@ def fit_architecture(
         except InputError:  # an option of the user's bounds what there is room for
             return inf
 
-    runtime = load_engine(engine)
-    plan = Plan(
-        seq_tokens,
-        concurrency,
-        storage_format(report.kv_dtype),
-        tp,
-        pp,
-        read_options(engine, runtime.OPTIONS, options or {}),
-    )
-    room = getattr(runtime, "room", None)
+    room = getattr(load_engine(engine), "room", None)
     bounds = available_range(budget)
 
     def most(memory: int) -> tuple[int, int]:

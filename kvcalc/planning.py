@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvcalc import api
-from kvcalc.config import ConfigFields
+from kvcalc.budget import engine_defaults
 from kvcalc.device import AUTO, this_machine
 from kvcalc.errors import InputError, UnsupportedError
-from kvcalc.families import decoder_level
 from kvcalc.fitting import FitReport
 from kvcalc.hardware import (
     Gpu,
@@ -161,8 +160,9 @@ class _Search:
         self.refusals: list[UnsupportedError] = []
         self._model = model
         self._point = point
-        self._heads = _attention_heads(model)
-        self._least: dict[tuple[str, int, int], int | None] = {}
+        self._heads = api.attention_heads(model)
+        self._refused: set[tuple[str, int, int]] = set()
+        self._least: dict[tuple[Any, ...], int] = {}
 
     def fewest(self, kind: _Kind, kv_dtype: str) -> FitReport | None:
         """The report of the fewest GPUs that hold the requests, if any number does."""
@@ -195,40 +195,37 @@ class _Search:
         """A bound: an even part of the weights, and the cache unless they alone are too much.
         None for a shape that is refused; nothing is known before the first report.
         """
-        shape = (kv_dtype, tp, pp)
-        if self.first is None or shape in self._least:
-            return self._least.get(shape, 0)
+        if (kv_dtype, tp, pp) in self._refused:
+            return None
+        if self.first is None:
+            return 0
         weights = ceil_div(self.first.weights_bytes or 0, tp * pp)
         if weights > kind.total_bytes:
             return weights
-        try:
-            cache = rank_bytes(
-                self._model.architecture,
-                kv_dtype=kv_dtype,
-                engine=self.first.size.engine,
-                tp=tp,
-                pp=pp,
-                options=self._point.get("options") or {},
-            )(self.first.size.seq_tokens, self.first.concurrency)
-        except UnsupportedError as error:
-            self._refuse(error, *shape)
-            return None
-        self._least[shape] = weights + cache
-        return weights + cache
+        engine = self.first.size.engine
+        defaults = engine_defaults(engine, kind.gpu)
+        key = (kv_dtype, tp, pp, *defaults.values())
+        if key not in self._least:
+            try:
+                cache, _ = rank_bytes(
+                    self._model.architecture,
+                    kv_dtype=kv_dtype,
+                    engine=engine,
+                    tp=tp,
+                    pp=pp,
+                    options=defaults | (self._point.get("options") or {}),
+                )
+            except UnsupportedError as error:
+                self._refuse(error, kv_dtype, tp, pp)
+                return None
+            requested = (self.first.size.seq_tokens, self.first.concurrency)
+            self._least[key] = weights + cache(*requested)
+        return self._least[key]
 
     def _refuse(self, error: UnsupportedError, kv_dtype: str, tp: int, pp: int) -> None:
         """A refusal is about the shape, whatever the GPU."""
         self.refusals.append(error)
-        self._least[kv_dtype, tp, pp] = None
-
-
-def _attention_heads(model: api.Model) -> int:
-    """Query heads of the decoder; 0, which any number divides, where there is no one number."""
-    level = decoder_level(model.config)
-    heads = ConfigFields(level.config, model_type=level.model_type, prefix=level.prefix).get(
-        "num_attention_heads"
-    )
-    return heads if isinstance(heads, int) else 0
+        self._refused.add((kv_dtype, tp, pp))
 
 
 def read_prices(path: Path) -> dict[str, Price]:

@@ -183,7 +183,10 @@ def size_architecture(
     )
     predicted = _prediction_layers(architecture, engine, mtp)
     counted = architecture._replace(layers=architecture.layers + predicted) if mtp else architecture
-    layers = runtime.lay_out(counted, plan)
+    layers = _laid_out(counted, plan, engine)
+    check_point = getattr(runtime, "check_point", None)
+    if check_point is not None:
+        check_point(counted, plan)
     stored, segments = _stored_layers(Same(layers), Same(chosen), setting, tp, dtype)
     groups = tuple(each.group(seq_tokens, batch) for each in stored)
     total_bytes = sum(group.total_bytes for group in groups)
@@ -238,22 +241,44 @@ def rank_bytes(
     tp: int,
     pp: int,
     options: Mapping[str, Any],
-) -> Callable[[int, int], int]:
-    """`SizeReport.bytes_per_rank` alone, of tokens and batch, for searches that ask for many.
+) -> tuple[Callable[[int, int], int], Plan]:
+    """`SizeReport.bytes_per_rank` alone, of tokens and batch, for searches that ask for many, and
+    the plan of one token, with all options.
 
     Raises, as does what it gives, what `size_architecture` raises.
     """
     plan, chosen, _ = _plan(architecture, 1, 1, kv_dtype, engine, BASELINE, tp, pp, options)
     setting = Setting(_compute_format(architecture, plan.dtype), None, None)
-    lay_out, same = load_engine(engine).lay_out, Same(chosen)
+    layers = Same(_laid_out(architecture, plan, engine))
+    stored, _ = _stored_layers(layers, Same(chosen), setting, tp, plan.dtype)
+    check_point = getattr(load_engine(engine), "check_point", None)
 
     def of(tokens: int, batch: int) -> int:
         here = plan._replace(tokens=tokens, batch=batch)
-        layers = lay_out(architecture, here)
-        stored, _ = _stored_layers(Same(layers), same, setting, tp, plan.dtype)
+        if check_point is not None:
+            check_point(architecture, here)
         return _bytes_per_rank(stored, here)
 
-    return of
+    return of, plan
+
+
+def _laid_out(architecture: Architecture, plan: Plan, engine: str) -> tuple[Layer, ...]:
+    """The layers as the engine stores them, which are the same for every length and batch."""
+    options = tuple(plan.options.items())
+    return _lay_out(Same(architecture), engine, plan.dtype, plan.tp, plan.pp, options)
+
+
+@lru_cache(maxsize=64)
+def _lay_out(
+    architecture: Same[Architecture],
+    engine: str,
+    dtype: StorageFormat,
+    tp: int,
+    pp: int,
+    options: tuple[tuple[str, Any], ...],
+) -> tuple[Layer, ...]:
+    plan = Plan(1, 1, dtype, tp, pp, dict(options))
+    return load_engine(engine).lay_out(architecture.it, plan)
 
 
 def _plan(

@@ -145,11 +145,14 @@ class _Composer:
         self.open: list[_Open] = []
         self.anchors: dict[str, Node] = {}
         self.documents = 0
+        self.handlers: dict[type, Callable[[Any], None] | None] = {}
 
     def take(self, event: "Event") -> None:
         """One event of the parser's."""
-        kind = type(event).__name__
-        handle: Callable[[Any], None] | None = getattr(self, f"_{kind}", None)
+        kind = type(event)
+        if kind not in self.handlers:
+            self.handlers[kind] = getattr(self, f"_{kind.__name__}", None)
+        handle = self.handlers[kind]
         if handle is not None:
             handle(event)
 

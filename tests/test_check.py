@@ -538,7 +538,7 @@ def test_the_action_runs(status, tmp_path):
 
     assert run(install).returncode == 0
     installed = (tmp_path / "installed").read_text().splitlines()
-    assert installed[0] == f"-m venv {tmp_path / 'kvcalc'}"
+    assert installed[0] == f"-m venv --without-pip {tmp_path / 'kvcalc'}"
     assert installed[1].endswith(str(ROOT))
     done = run(check)
     assert (done.returncode, done.stderr.count("::error file=")) == (status, 4 * status)

@@ -123,6 +123,12 @@ def test_weights_on_several_ranks_are_an_estimate():
     assert (crowded.available_bytes, crowded.max_concurrency, crowded.fits) == (0, 0, False)
 
 
+def test_query_heads_are_divided_whole(capsys):
+    """28 query heads on 8 ranks are refused, as engines do, with the field that decides it."""
+    assert cli.run(["fit", "Qwen/Qwen2.5-7B", "--gpu", "l4", "--tp", "8"]) == 3
+    assert "deciding field: num_attention_heads" in capsys.readouterr().err
+
+
 def test_a_budget_is_shown_line_by_line(capsys, monkeypatch):
     """Each term says how much and whether it is known, and the command's share is the engine's."""
     monkeypatch.setenv("COLUMNS", "80")

@@ -38,7 +38,9 @@ class Engine(Protocol):
     """What a module of this package offers.
 
     A serving engine also has `room(architecture, plan, available_bytes)`: what one rank with so
-    much memory for its cache holds, by the names that the engine prints.
+    much memory for its cache holds, by the names that the engine prints. An engine whose options
+    bound what there is room for has `check_point(architecture, plan)`, which raises InputError for
+    tokens or a batch beyond that.
     """
 
     OPTIONS: Mapping[str, Option]
@@ -63,7 +65,8 @@ class Engine(Protocol):
     def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer, ...]:
         """The layers as this engine stores them, further ones (padding) after the decoder's.
 
-        An engine that allocates the same whatever is asked of it needs no plan.
+        They are the same for all tokens and batches of a plan, and remembered. An engine that
+        allocates the same whatever is asked of it needs no plan.
         """
 
     @staticmethod

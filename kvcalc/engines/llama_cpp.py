@@ -284,6 +284,11 @@ class StatesOfSequences(PlainLayer):
         return f"{self.rows} × ({self.keeps()})"
 
 
+def check_point(architecture: Architecture, plan: Plan) -> None:
+    """A context holds so many sequences of so many tokens."""
+    _context(architecture, plan.options).check(plan.tokens, plan.batch)
+
+
 def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer, ...]:
     """Cells and states. Raises UnsupportedError for layers that llama.cpp keeps in no such way, and
     for a format that it cannot keep them in.
@@ -291,8 +296,6 @@ def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer
     options = plan.options if plan else {name: option.default for name, option in OPTIONS.items()}
     types = {name: _type(options[name]) for name in ("type_k", "type_v")}
     context = _context(architecture, options)
-    if plan:
-        context.check(plan.tokens, plan.batch)
     layers = _in_latents(architecture, latents=options["mla"])
     parts = [part for layer in layers for part in layer.parts()]
     if plan:

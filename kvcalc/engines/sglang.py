@@ -335,6 +335,14 @@ class StateSlots(PlainLayer):
         return f"{self._slots(1):,} slots × {self.slot_bytes():,} B ({self.keeps()})"
 
 
+def check_point(architecture: Architecture, plan: Plan) -> None:
+    """Pools of a given size, and slots of states, hold so many requests."""
+    options = plan.options
+    parts = [part for layer in _filled(architecture) for part in layer.parts()]
+    _pools(architecture, parts, options).check(plan.tokens, plan.batch)
+    _check_requests(options, plan.batch, per_request=_per_request(architecture, options))
+
+
 def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer, ...]:
     """Slots for rows and states.
 
@@ -349,8 +357,6 @@ def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer
     pools = _pools(architecture, parts, options)
     if plan:
         _check_format(parts, plan.dtype, sparse=_is_sparse(architecture), hybrid=hybrid)
-        pools.check(plan.tokens, plan.batch)
-        _check_requests(options, plan.batch, per_request=_per_request(architecture, options))
     scaled = (
         _is_sparse(architecture)
         and plan is not None

@@ -164,6 +164,12 @@ class BlocksLayer(PlainLayer):
         return f"{blocks:,} blocks × {held} tokens × {size:,} B ({self.keeps()})"
 
 
+def check_point(architecture: Architecture, plan: Plan) -> None:
+    """A pool of given tokens holds so many."""
+    parts = {part for layer in architecture.layers for part in layer.parts()}
+    _pool(parts, plan.options).check(plan.tokens, plan.batch)
+
+
 def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer, ...]:
     """Blocks. Raises UnsupportedError for models of the second manager and layers that the first
     does not keep, InputError for options that cannot be.
@@ -175,13 +181,10 @@ def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer
         _check_kind(part, architecture.model_type)
     pool = _pool(parts, options)
     width = _width(parts)
-    if plan:
-        if plan.dtype.name == "nvfp4" and any(isinstance(part, LatentAttention) for part in parts):
-            msg = (
-                "TensorRT-LLM's nvfp4 latents keep more beside them, which is not covered; use fp8"
-            )
-            raise UnsupportedError(msg)
-        pool.check(plan.tokens, plan.batch)
+    latent = any(isinstance(part, LatentAttention) for part in parts)
+    if plan and latent and plan.dtype.name == "nvfp4":
+        msg = "TensorRT-LLM's nvfp4 latents keep more beside them, which is not covered; use fp8"
+        raise UnsupportedError(msg)
 
     def change(part: Layer) -> Layer:
         if isinstance(part, HeadsLayer | LatentAttention | IndexKeys):

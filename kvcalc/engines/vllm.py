@@ -399,6 +399,7 @@ def pool(architecture: Architecture, plan: Plan) -> Pool:
 
     Of pipeline stages the largest is meant, as in a report.
     """
+    check_point(architecture, plan)
     layout = _layout(architecture, plan)
     length = plan.options["max_model_len"] or plan.tokens
     bytes_per_block = layout.groups.bytes_per_block
@@ -482,7 +483,9 @@ class _Layout:
                 yield self.groups.changed[self.specs[part]].page_bytes
 
 
-def _check_length(plan: Plan) -> None:
+def check_point(architecture: Architecture, plan: Plan) -> None:
+    """No request is longer than `max_model_len`."""
+    del architecture
     length = plan.options["max_model_len"]
     if length is not None and 0 < length < plan.tokens:
         msg = (
@@ -494,7 +497,6 @@ def _check_length(plan: Plan) -> None:
 
 def _layout(architecture: Architecture, plan: Plan) -> _Layout:
     """It is the same for every length and batch."""
-    _check_length(plan)
     options = tuple(plan.options.items())
     return _layout_of(Same(architecture), plan.dtype, plan.tp, plan.pp, options)
 

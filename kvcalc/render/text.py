@@ -272,12 +272,14 @@ def print_plan(deployments: Sequence[Deployment]) -> None:
             (f"{price.value:,.2f} {price.currency}" if price else "-")
             if priced
             else format_bytes(one.fit.headroom_bytes),
-            f"{one.fit.max_concurrency:,}",
+            f"{'' if one.fit.sure else '? '}{one.fit.max_concurrency:,}",
         )
     out.print(rows)
     out.print()
     of_each = "" if priced else ", headroom of each"
     told = f"memory is of all, as drivers report it{of_each}; holds: most such requests at once"
+    if not all(one.fit.sure for one in deployments):
+        told += "; ?: not with all estimates at their most"
     print_folded(out, "", told, "dim")
     terms: dict[str, dict[str, None]] = {}
     for one in deployments:

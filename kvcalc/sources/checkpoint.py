@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from kvcalc.engines import Same
 from kvcalc.errors import InputError
 from kvcalc.origin import Origin
 from kvcalc.sources import local
@@ -44,11 +45,17 @@ def weights_of_model(config: Mapping[str, Any], origin: Origin) -> Weights:
                 reason = "computed, as the repository has no safetensors files"
     if found is not None:
         return _with_notes(found, config)
-    weights = weights_of(config, complete=origin.completeness == "verbatim")
+    weights = _computed(Same(config), complete=origin.completeness == "verbatim")
     if not reason:
         return weights
     said = f"{reason}: {weights.origin}"
     return weights._replace(origin=said, notes=(*weights.notes, *([why] if why else [])))
+
+
+@lru_cache(maxsize=16)
+def _computed(config: Same[Mapping[str, Any]], *, complete: bool) -> Weights:
+    """Added up once for a config: a plan asks hundreds of times."""
+    return weights_of(config.it, complete=complete)
 
 
 def _given(path: Path) -> Weights | None:

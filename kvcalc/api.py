@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
-from itertools import product
+from itertools import islice, product
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -221,25 +221,44 @@ def changes_that_fit(
 ) -> list[str]:
     """Single changes, as options, by which a deployment that does not fit would.
 
-    A smaller KV dtype and twice the GPUs are tried; the longest sequence and the most requests are
-    known. Empty where none of them is enough.
+    A smaller KV dtype, twice the ranks and the smallest GPU of the vendor's that holds it are tried;
+    the longest sequence and the most requests are known. Empty where none of them is enough.
     """
-    trials: dict[str, dict[str, Any]] = {"--kv-dtype fp8": {"kv_dtype": "fp8"}}
+    trials: list[tuple[str, dict[str, Any]]] = [("--kv-dtype fp8", {"kv_dtype": "fp8"})]
     if report.weights_bytes is not None:
         more = 2 * report.size.tp
-        trials[f"--tp {more}"] = {"tp": more}
-    found = []
-    for change, parameters in trials.items():
+        trials.append((f"--tp {more}", {"tp": more}))
+
+    def fits(parameters: dict[str, Any]) -> bool:
         try:
-            if fit(model, **{**deployment, **parameters}).fits:
-                found.append(change)
+            return fit(model, **{**deployment, **parameters}).fits
         except KvcalcError:  # an engine or a model that cannot
-            continue
+            return False
+
+    found = [change for change, parameters in trials if fits(parameters)]
+    if "gpu" in deployment:
+        larger = (gpu.id for gpu in _larger_gpus(deployment["gpu"]))
+        found += [f"--gpu {gpu}" for gpu in islice((one for one in larger if fits({"gpu": one})), 1)]
     if report.max_tokens:
         found.append(f"--seq {report.max_tokens}")
     if report.max_concurrency:
         found.append(f"--concurrency {report.max_concurrency}")
     return found
+
+
+def _larger_gpus(gpu: "str | Gpu") -> "list[Gpu]":
+    """Those of the same vendor with more memory, the least first."""
+    from kvcalc.device import choose_gpu
+    from kvcalc.hardware import gpu_ids, load_gpu
+
+    own = choose_gpu(gpu)
+    least = own.total_bytes.value if own.total_bytes else 0
+    sized = [
+        (one.total_bytes.value, one)
+        for one in map(load_gpu, gpu_ids())
+        if one.total_bytes and one.vendor == own.vendor
+    ]
+    return [one for total, one in sorted(sized, key=lambda pair: pair[0]) if total > least]
 
 
 def size_point(

@@ -39,6 +39,7 @@ OPTION_ALIASES = {
     "--batch-size": "--batch",
     "--tensor-parallel-size": "--tp",
     "--pipeline-parallel-size": "--pp",
+    "--gpus": "--tp",
 }
 """Names from other tools that are taken for ours; kept out of the help to keep it readable."""
 
@@ -143,17 +144,18 @@ def fit(
     model: Annotated[
         str | None, typer.Argument(metavar="[MODEL]", help="Like size; none with --from.")
     ] = None,
-    kv_memory: Annotated[
-        str | None, typer.Option(help="Memory of each rank for its cache: 20GiB, 6.22GiB.")
-    ] = None,
     gpu: Annotated[
-        str | None, typer.Option(help="Or of what is left of a GPU: an id, its YAML or auto.")
+        str | None, typer.Option(help="An id of kvcalc gpus, a YAML like theirs, or auto.")
+    ] = None,
+    kv_memory: Annotated[
+        str | None,
+        typer.Option(help="Instead: each rank's memory for its cache, as the engine prints it."),
     ] = None,
     share: Annotated[
-        str | None, typer.Option(help="The engine's share of it (vLLM: utilisation).")
+        str | None, typer.Option(help="The engine's share of the GPU, 0.9; else its default.")
     ] = None,
     reserve: Annotated[
-        str | None, typer.Option(help="What activations and graphs take of it: 3GiB.")
+        str | None, typer.Option(help="What activations and graphs take: 3GiB; else estimated.")
     ] = None,
     seq: Annotated[
         str | None, typer.Option(help="Tokens of a request; else the model's maximum.")
@@ -164,7 +166,9 @@ def fit(
         list[str] | None, typer.Option(help="The engine's own: block_size=32.")
     ] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="auto, bf16, fp8, q8_0, …")] = None,
-    tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks.")] = None,
+    tp: Annotated[
+        int | None, typer.Option(help="GPUs (--gpus), as tensor-parallel ranks.")
+    ] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
     command: Annotated[
         str | None, typer.Option("--from", help="A server's command line, pasted.")
@@ -172,7 +176,7 @@ def fit(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     json: Json = False,
 ) -> None:
-    """Tell what an engine's cache memory holds: requests, tokens and headroom."""
+    """Tell what fits on a GPU, line by line: requests, tokens and headroom."""
     from kvcalc import api
 
     given: dict[str, Any] = {
@@ -268,7 +272,7 @@ def plan(
     ] = None,
     share: Annotated[str | None, typer.Option(help="The engine's share of a GPU.")] = None,
     reserve: Annotated[
-        str | None, typer.Option(help="What activations and graphs take of each: 3GiB.")
+        str | None, typer.Option(help="What activations and graphs take: 3GiB; else estimated.")
     ] = None,
     kv_dtype: Annotated[list[str] | None, typer.Option(help="Tried: auto and fp8.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,

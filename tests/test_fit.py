@@ -182,7 +182,7 @@ def test_what_would_make_it_fit_does(capsys):
     deployment = ["fit", MODEL, "--gpu", "rtx-4090", "--reserve", "1GiB", "--concurrency", "10"]
     assert cli.run([*deployment, "--json"]) == 1
     report = json.loads(capsys.readouterr().out)
-    assert len(report["changes_that_fit"]) == 4
+    assert len(report["changes_that_fit"]) == 5
     for change in report["changes_that_fit"]:
         assert cli.run([*deployment, *change.split(), "--json"]) == 0, change
         assert json.loads(capsys.readouterr().out)["changes_that_fit"] == []

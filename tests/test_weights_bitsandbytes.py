@@ -12,7 +12,7 @@ from kvcalc.config import ConfigFields
 from kvcalc.errors import ConfigError, InputError, UnsupportedError
 from kvcalc.sources import catalogue
 from kvcalc.weights import _decoders, weights_of, weights_of_files
-from kvcalc.weights._formats import _ALL_LINEAR
+from kvcalc.weights._rules import ALL_LINEAR
 
 SMALL = {
     "vocab_size": 100,
@@ -208,7 +208,7 @@ def test_fused_and_stacked_modules_are_refused(model_type):
         weights_of(config | {"quantization_config": declared})
 
 
-@pytest.mark.parametrize("model_type", sorted(_ALL_LINEAR))
+@pytest.mark.parametrize("model_type", sorted(ALL_LINEAR))
 def test_linear_modules_are_those_of_the_class(model_type):
     """Each matrix that is quantised is one linear module of transformers' class, name by name."""
     import torch

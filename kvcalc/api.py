@@ -7,7 +7,7 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvcalc import sources
-from kvcalc.budget import BudgetLine, engine_defaults, gpu_budget
+from kvcalc.budget import ASKED, BudgetLine, engine_defaults, gpu_budget
 from kvcalc.config import ConfigFields
 from kvcalc.engines import engine_names, load_engine, read_options
 from kvcalc.errors import InputError, KvcalcError, UnsupportedError
@@ -109,6 +109,7 @@ def fit(
     gpu: "str | Gpu | None" = None,
     share: float | str | None = None,
     reserve: int | str | None = None,
+    weights: int | str | None = None,
     seq: int | str | None = None,
     concurrency: int = 1,
     engine: str = "vllm",
@@ -122,10 +123,10 @@ def fit(
 
     `model` and the engine's parameters are those of `size`. The memory is `kv_memory` in bytes
     (`"20GiB"`), as vLLM prints it ("Available KV cache memory"), or what is left of each `gpu` (an
-    id of `kvcalc gpus`, a YAML file, or `auto`): the engine's `share`, less weights, less a
-    `reserve` for activations, context and graphs, which are estimated without one. Options that the
-    engine's server sets by the device are set so. Without `seq` the model's own maximum is meant.
-    Raises what `size` raises.
+    id of `kvcalc gpus`, a YAML file, or `auto`): the engine's `share`, less the weights (counted,
+    or `weights` in bytes), less a `reserve` for activations, context and graphs, which are
+    estimated without one. Options that the engine's server sets by the device are set so. Without
+    `seq` the model's own maximum is meant. Raises what `size` raises.
     """
     read = read_model(model, revision=revision)
     architecture, origin, config = read
@@ -140,11 +141,11 @@ def fit(
             "deciding field: num_attention_heads"
         )
         raise UnsupportedError(msg)
-    weights: Weights | None = None
+    counted = None
     told = dict(options or {})
     if kv_memory is not None:
-        if gpu is not None or reserve is not None:
-            msg = "--kv-memory says how much there is: leave --gpu and --reserve out"
+        if gpu is not None or reserve is not None or weights is not None:
+            msg = "--kv-memory says how much there is: leave --gpu, --reserve and --weights out"
             raise InputError(msg)
         given = parse_bytes(kv_memory, name="--kv-memory")
         lines: tuple[BudgetLine, ...] = (BudgetLine("KV cache", given, "asked for", ""),)
@@ -153,14 +154,13 @@ def fit(
         raise InputError(msg)
     else:
         from kvcalc.device import choose_gpu
-        from kvcalc.sources.checkpoint import weights_of_model
 
         device = choose_gpu(gpu, ranks=tp * pp)
         told = {**engine_defaults(engine, device), **told}
-        weights = weights_of_model(config, origin)
+        counted = _weights(read, weights)
         lines = gpu_budget(
             device,
-            weights,
+            counted,
             config=config,
             engine=engine,
             tp=tp,
@@ -173,7 +173,7 @@ def fit(
         architecture,
         origin=origin,
         budget=lines,
-        weights=weights,
+        weights=counted,
         seq_tokens=parse_tokens(seq) if seq is not None else architecture.max_tokens,
         concurrency=concurrency,
         engine=engine,
@@ -182,6 +182,20 @@ def fit(
         pp=pp,
         options=told,
     )
+
+
+def _weights(model: Model, given: int | str | None) -> "Weights":
+    """The weights' bytes: those that are given, else counted."""
+    from kvcalc.sources.checkpoint import weights_of_model
+    from kvcalc.weights import Weights
+
+    if given is not None:
+        return Weights(0, parse_bytes(given, name="--weights"), ASKED, "--weights")
+    try:
+        return weights_of_model(model.config, model.origin)
+    except UnsupportedError as error:
+        msg = f"{error}; or give --weights 140GB"
+        raise UnsupportedError(msg) from None
 
 
 def attention_heads(model: Model) -> int:
@@ -221,11 +235,11 @@ def changes_that_fit(
 ) -> list[str]:
     """Single changes, as options, by which a deployment that does not fit would.
 
-    A smaller KV dtype, twice the ranks and the smallest GPU of the vendor's that holds it are tried;
-    the longest sequence and the most requests are known. Empty where none of them is enough.
+    A smaller KV dtype, twice the ranks and the smallest GPU of the vendor's that holds it are
+    tried; the longest sequence and the most requests are known. Empty where none is enough.
     """
     trials: list[tuple[str, dict[str, Any]]] = [("--kv-dtype fp8", {"kv_dtype": "fp8"})]
-    if report.weights_bytes is not None:
+    if "gpu" in deployment:
         more = 2 * report.size.tp
         trials.append((f"--tp {more}", {"tp": more}))
 
@@ -238,7 +252,8 @@ def changes_that_fit(
     found = [change for change, parameters in trials if fits(parameters)]
     if "gpu" in deployment:
         larger = (gpu.id for gpu in _larger_gpus(deployment["gpu"]))
-        found += [f"--gpu {gpu}" for gpu in islice((one for one in larger if fits({"gpu": one})), 1)]
+        fitting = (one for one in larger if fits({"gpu": one}))
+        found += [f"--gpu {one}" for one in islice(fitting, 1)]
     if report.max_tokens:
         found.append(f"--seq {report.max_tokens}")
     if report.max_concurrency:

@@ -96,6 +96,7 @@ KEYS: Mapping[str, str] = {
     "gpu": "an id that kvcalc gpus lists, or a YAML beside this file; else kv_memory",
     "share": "the engine's share of the GPU; else its default",
     "reserve": "what activations, context and graphs take of each GPU: 3GiB; else estimated",
+    "weights": "bytes of the model's weights on all ranks: 140GB; else counted",
     "count": "GPUs of the deployment: tp × pp",
     "engine": "whose rules; else vllm",
     "options": "the engine's own options",
@@ -380,7 +381,7 @@ def _deployment(name: str, place: Place, node: Node, defaults: _Layer | None) ->
 
 
 _REPLACED = {
-    "kv_memory": ("gpu", "share", "reserve"),
+    "kv_memory": ("gpu", "share", "reserve", "weights"),
     "gpu": ("kv_memory",),
     "count": ("tp",),
 }
@@ -419,6 +420,7 @@ def _point(given: _Given, workload: _Given) -> tuple[dict[str, Any], Fraction]:
         "kv_memory": lambda said: _bytes(said, "kv_memory"),
         "share": _gpu_share,
         "reserve": lambda said: _bytes(said, "reserve"),
+        "weights": lambda said: _bytes(said, "weights"),
         "engine": lambda said: said if load_engine(said) else "",
         "kv_dtype": lambda said: said if said == "auto" else storage_format(said).name,
         "tp": _rank_count,

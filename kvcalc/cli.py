@@ -157,6 +157,9 @@ def fit(
     reserve: Annotated[
         str | None, typer.Option(help="What activations and graphs take: 3GiB; else estimated.")
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Bytes of the model's weights: 140GB; else counted.")
+    ] = None,
     seq: Annotated[
         str | None, typer.Option(help="Tokens of a request; else the model's maximum.")
     ] = None,
@@ -166,9 +169,7 @@ def fit(
         list[str] | None, typer.Option(help="The engine's own: block_size=32.")
     ] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="auto, bf16, fp8, q8_0, …")] = None,
-    tp: Annotated[
-        int | None, typer.Option(help="GPUs (--gpus), as tensor-parallel ranks.")
-    ] = None,
+    tp: Annotated[int | None, typer.Option(help="GPUs (--gpus), as tensor-parallel ranks.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
     command: Annotated[
         str | None, typer.Option("--from", help="A server's command line, pasted.")
@@ -184,6 +185,7 @@ def fit(
         "gpu": gpu,
         "share": share,
         "reserve": reserve,
+        "weights": weights,
         "seq": seq,
         "concurrency": concurrency,
         "kv_dtype": kv_dtype,
@@ -274,6 +276,9 @@ def plan(
     reserve: Annotated[
         str | None, typer.Option(help="What activations and graphs take: 3GiB; else estimated.")
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Bytes of the model's weights: 140GB; else counted.")
+    ] = None,
     kv_dtype: Annotated[list[str] | None, typer.Option(help="Tried: auto and fp8.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     json: Json = False,
@@ -288,6 +293,7 @@ def plan(
         max_gpus=max_gpus,
         prices=prices,
         revision=revision,
+        weights=weights,
         seq=seq,
         concurrency=concurrency,
         engine=engine,

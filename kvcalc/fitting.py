@@ -31,7 +31,8 @@ class FitReport(NamedTuple):
       for each of `concurrency` requests (0 where none fits);
     - `printed`: what the engine itself says of such a pool, by its own names;
     - `budget`: the terms that `available_bytes` is the sum of, and `weights_bytes` the model's
-      weights on all ranks, None where they are not among them, `weights_notes` what to know of it;
+      weights on all ranks, None where they are not among them or assumed in part, `weights_notes`
+      what to know of them;
     - each `_range`: the least and the most, where terms are estimates; both the same where not.
     """
 
@@ -153,7 +154,7 @@ def fit_architecture(
         size=report,
         available_bytes=available_bytes,
         budget=budget,
-        weights_bytes=weights and weights.num_bytes,
+        weights_bytes=weights.num_bytes if weights and weights.least_bytes is None else None,
         weights_notes=weights.notes if weights else (),
         concurrency=concurrency,
         needed_bytes=report.bytes_per_rank,

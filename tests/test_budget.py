@@ -97,7 +97,7 @@ STARTED = [
     ("nvidia/Qwen3.6-35B-A3B-NVFP4", {"quantization_config": None},
      "gb10-dgx-spark", 119.63, 0.95, 47.55, {"options": step(2048, 256)}),
     ("nvidia/Qwen3.5-122B-A10B-NVFP4", {}, "jetson-agx-thor", 122.82, 0.85, 24.05,
-     {"kv_dtype": "fp8", "options": step(2048, 8, **V19)}),
+     {"weights": "75.17 GiB", "kv_dtype": "fp8", "options": step(2048, 8, **V19)}),
     ("google/gemma-4-26B-A4B-it", BF16, "jetson-agx-thor", 122.82, 0.85, 51.62,
      {"kv_dtype": "fp8", "options": step(2048, 256, **V19)}),
     ("google/gemma-4-26B-A4B-it", BF16, "gb10-dgx-spark", 119.63, 0.8, 44.03,

@@ -114,6 +114,31 @@ def test_a_gpu_leaves_what_the_engine_does_not_take(engine, share, expected):
     assert all(line.source for line in report.budget)
 
 
+def test_an_excerpt_of_a_config_gives_a_range_of_weights():
+    """Gemma 2 9B's excerpt says neither dtype nor head: its 9.24 billion parameters in bf16 lie in
+    the range, whose upper end counts; requirements of the weights are not known then.
+    """
+    report = kvcalc.fit("google/gemma-2-9b-it", gpu="l40s", seq="8k")
+    (weights,) = [line for line in report.budget if line.name == "weights"]
+    assert weights.provenance == "estimate"
+    assert weights.num_bytes == weights.least_bytes <= -2 * 9_241_705_984 == weights.most_bytes
+    assert report.weights_bytes is None
+
+
+def test_weights_may_be_given():
+    """`weights` takes the place of what is counted, and of what is not known."""
+    given = kvcalc.fit(MODEL, gpu="h100-sxm-80gb", reserve="3GiB", weights=WEIGHTS)
+    counted = kvcalc.fit(MODEL, gpu="h100-sxm-80gb", reserve="3GiB")
+    assert given.available_bytes == counted.available_bytes
+    assert given.weights_bytes == WEIGHTS
+    with pytest.raises(kvcalc.UnsupportedError, match="or give --weights 140GB"):
+        kvcalc.fit("internlm/internlm2_5-7b-chat", gpu="h100-sxm-80gb", seq=4096)
+    told = kvcalc.fit(
+        "internlm/internlm2_5-7b-chat", gpu="h100-sxm-80gb", seq=4096, weights="15.5 GB"
+    )
+    assert told.weights_bytes == 15_500_000_000
+
+
 def test_weights_on_several_ranks_are_an_estimate():
     """What each rank repeats is not known, and said so; more than a GPU has leaves nothing."""
     report = kvcalc.fit(MODEL, gpu="h100-sxm-80gb", reserve="1GiB", tp=2)
@@ -148,7 +173,10 @@ def test_a_budget_is_shown_line_by_line(capsys, monkeypatch):
         ([MODEL, "--gpu", "h100", "--reserve", "1GiB"], "h100-sxm-80gb"),
         ([MODEL, "--gpu", "h100-sxm-80gb", "--reserve", "1GiB", "--share", "1.5"], "--share"),
         ([MODEL, "--gpu", "t4", "--kv-memory", "1GiB"], "leave --gpu"),
-        ([MODEL, "--reserve", "1GiB", "--kv-memory", "1GiB"], "leave --gpu and --reserve"),
+        (
+            [MODEL, "--reserve", "1GiB", "--kv-memory", "1GiB"],
+            "leave --gpu, --reserve and --weights",
+        ),
         ([MODEL, "--gpu", "absent.yaml", "--reserve", "1GiB"], "cannot read absent.yaml"),
         ([MODEL, "--gpu", "t4", "--reserve", "1GiB", "--tp", "0"], "tp must be at least 1"),
         ([MODEL, "--gpu", "t4", "--reserve", "1GiB", "--pp", "-1"], "pp must be at least 1"),

@@ -9,14 +9,14 @@ import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from kvcalc.budget._terms import BudgetLine, Question
+from kvcalc.budget._terms import ASKED, BudgetLine, Question
 from kvcalc.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from kvcalc.hardware import Gpu
     from kvcalc.weights import Weights
 
-__all__ = ["BudgetLine", "available", "available_range", "engine_defaults", "gpu_budget"]
+__all__ = ["ASKED", "BudgetLine", "available", "available_range", "engine_defaults", "gpu_budget"]
 
 MODULES: Mapping[str, str] = {
     "vllm": "vllm",

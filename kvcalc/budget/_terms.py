@@ -17,6 +17,8 @@ MIB = 2**20
 GIB = 2**30
 
 ESTIMATE = "estimate"
+ASKED = "asked for"
+"""The format of weights whose bytes the user gives."""
 
 UNIFIED = ("gb10", "thor", "orin")
 """In names of devices whose memory is the host's, too: what the system and its page cache take
@@ -109,19 +111,22 @@ def device_lines(question: Question) -> list[BudgetLine]:
 def weights_line(question: Question) -> BudgetLine:
     """One rank's weights: its part, and what ranks repeat or stages have more of."""
     weights, ranks = question.weights, question.ranks
+    lowest = weights.num_bytes if weights.least_bytes is None else weights.least_bytes
+    if ranks == 1 and weights.least_bytes is None:
+        provenance = "asked for" if weights.format == ASKED else "exact"
+        return BudgetLine("weights", -weights.num_bytes, provenance, weights.origin)
     if ranks == 1:
-        return BudgetLine("weights", -weights.num_bytes, "exact", weights.origin)
+        return taken("weights", weights.num_bytes, lowest, weights.num_bytes, weights.origin)
     part = ceil_div(weights.num_bytes, ranks)
-    most = part
     decoder = question.decoder
     if decoder is not None and question.pp > 1:
         embedding = decoder.vocabulary * decoder.width * decoder.value_bytes
         layers = weights.num_bytes - embedding * (1 if decoder.tied else 2)
         stage = max(layers, 0) * decoder.stage_layers(question.pp) // decoder.layers + embedding
         part = max(part, ceil_div(stage, question.tp))
-        most = max(most, part)
+    least = part * lowest / max(weights.num_bytes, 1)
     rule = f"a rank's part; what ranks repeat is up to 3 % more: {weights.origin}"
-    return taken(f"weights / {ranks} ranks", part, part, most * 1.03, rule)
+    return taken(f"weights / {ranks} ranks", part, least, part * 1.03, rule)
 
 
 def encoder_lines(question: Question) -> list[BudgetLine]:

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from kvcalc.engines import Same
-from kvcalc.errors import InputError
+from kvcalc.errors import InputError, UnsupportedError
+from kvcalc.families import decoder_level
 from kvcalc.origin import Origin
 from kvcalc.sources import local
 from kvcalc.weights import Weights, weights_of, weights_of_files
@@ -55,7 +56,38 @@ def weights_of_model(config: Mapping[str, Any], origin: Origin) -> Weights:
 @lru_cache(maxsize=16)
 def _computed(config: Same[Mapping[str, Any]], *, complete: bool) -> Weights:
     """Added up once for a config: a plan asks hundreds of times."""
-    return weights_of(config.it, complete=complete)
+    try:
+        return weights_of(config.it, complete=complete)
+    except UnsupportedError:
+        found = None if complete else _of_excerpt(config.it)
+        if found is None:
+            raise
+        return found
+
+
+def _of_excerpt(config: Mapping[str, Any]) -> Weights | None:
+    """The range of what an excerpt of a config may have, which leaves out the dtype (then bf16, as
+    for the cache) or whether the head is the embedding; None where it leaves out more.
+    """
+    levels = (config, decoder_level(config).config)
+    assumed: dict[str, Any] = {}
+    said = []
+    if not any(level.get(key) for level in levels for key in ("dtype", "torch_dtype")):
+        assumed["dtype"] = "bfloat16"
+        said.append("bf16")
+    heads: list[dict[str, Any]] = [{}]
+    if all(level.get("tie_word_embeddings") is None for level in levels):
+        heads = [{"tie_word_embeddings": tied} for tied in (False, True)]
+        said.append("a head beside the embedding or none")
+    try:
+        found = [weights_of({**config, **assumed, **head}, complete=False) for head in heads]
+    except UnsupportedError:
+        return None
+    most = max(found, key=lambda one: one.num_bytes)
+    return most._replace(
+        origin=f"assumed, where an excerpt of a config does not say: {'; '.join(said)}",
+        least_bytes=min(one.num_bytes for one in found),
+    )
 
 
 def _given(path: Path) -> Weights | None:

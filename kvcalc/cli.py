@@ -164,7 +164,9 @@ def fit(
         str | None, typer.Option(help="Tokens of a request; else the model's maximum.")
     ] = None,
     concurrency: Annotated[int | None, typer.Option(help="Requests at once.")] = None,
-    engine: Annotated[str | None, typer.Option(help="Whose rules; else vllm.")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="Whose rules; else vllm, of a GGUF llama.cpp.")
+    ] = None,
     option: Annotated[
         list[str] | None, typer.Option(help="The engine's own: block_size=32.")
     ] = None,
@@ -204,7 +206,7 @@ def fit(
         raise InputError(msg)
     else:
         given = {name: value for name, value in given.items() if value is not None}
-        given["engine"] = engine or "vllm"
+        given["engine"] = engine or ("llama.cpp" if model.endswith(".gguf") else "vllm")
     report = api.fit(model, **given)
     changes = [] if report.fits else api.changes_that_fit(model, report, **given)
     if json:

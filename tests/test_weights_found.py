@@ -232,6 +232,15 @@ def test_a_gguf_file_counts_as_its_tensors(tmp_path, alignment):
     assert report.weights_bytes == sum(SIZES)
 
 
+def test_a_gguf_file_is_fitted_as_llama_cpp_runs_it(tmp_path, capsys):
+    """Without an engine's name a GGUF is llama.cpp's, with the estimates of its own buffers."""
+    path = write_gguf(tmp_path / "model.gguf")
+    assert run(["fit", str(path), "--gpu", "rtx-5090", "--seq", "512", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["engine"] == "llama.cpp"
+    assert report["weights_bytes"] == sum(SIZES)
+
+
 GGUF_0_19 = {
     "fp32": (1, 4), "fp16": (1, 2), "q4_0": (32, 18), "q4_1": (32, 20), "q5_0": (32, 22),
     "q5_1": (32, 24), "q8_0": (32, 34), "q2_k": (256, 84), "q3_k": (256, 110),

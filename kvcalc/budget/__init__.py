@@ -27,13 +27,9 @@ MODULES: Mapping[str, str] = {
 
 
 class Rules(Protocol):
-    """What a module of this package offers. `OPTION` is how the engine calls its share."""
-
-    OPTION: str
-
-    @staticmethod
-    def defaults(gpu: "Gpu", total_bytes: int) -> dict[str, Any]:
-        """Options that the server sets by the device, where nothing is said."""
+    """What a module of this package offers. Where the server sets options by the device, it also
+    has `defaults(gpu, total_bytes)`: those options, where nothing is said.
+    """
 
     @staticmethod
     def lines(question: Question) -> list[BudgetLine]:
@@ -75,7 +71,9 @@ def gpu_budget(
 
 def engine_defaults(engine: str, gpu: "Gpu") -> dict[str, Any]:
     """Options that an engine's server sets by the device it finds, where nothing is said."""
-    return _rules(engine).defaults(gpu, total_bytes(gpu))
+    defaults = getattr(_rules(engine), "defaults", None)
+    told: dict[str, Any] = defaults(gpu, total_bytes(gpu)) if defaults else {}
+    return told
 
 
 def total_bytes(gpu: "Gpu") -> int:

@@ -148,10 +148,10 @@ def encoder_lines(question: Question) -> list[BudgetLine]:
 
 
 def share_line(
-    terms: Sequence[BudgetLine], question: Question, *, option: str, share: Fraction, up: bool
+    terms: Sequence[BudgetLine], question: Question, share: Fraction, said: str, *, up: bool
 ) -> BudgetLine:
     """What is left to others of the sum of the terms, of which the engine takes a share, rounded
-    `up` or down. Where the sum is an estimate, so is this, by as much.
+    `up` or down; what is `said` of it. Where the sum is an estimate, so is this, by as much.
     """
     rounded = ceil if up else floor
     about, least, most = (
@@ -162,7 +162,7 @@ def share_line(
         )
     )
     provenance = "asked for" if question.share else "engine rule"
-    line = BudgetLine("left to others", about, provenance, f"{option} {float(share):g}".strip())
+    line = BudgetLine("left to others", about, provenance, said)
     return line if least == most else line._replace(least_bytes=least, most_bytes=most)
 
 

@@ -4,8 +4,6 @@ Its compute buffer holds, for a micro-batch, the logits of every token and the w
 (src/llama-context.cpp, graph_reserve); with flash attention no score matrix is in it.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from kvcalc.budget._terms import (
     GIB,
     BudgetLine,
@@ -19,20 +17,8 @@ from kvcalc.budget._terms import (
     weights_line,
 )
 
-if TYPE_CHECKING:
-    from kvcalc.hardware import Gpu
-
-OPTION = ""
-SOURCE = "llama.cpp takes what it is asked for"
-
 VALUE_BYTES = 4
 """Activations are float32."""
-
-
-def defaults(gpu: "Gpu", total_bytes: int) -> dict[str, Any]:
-    """Nothing depends on the device."""
-    del gpu, total_bytes
-    return {}
 
 
 def lines(question: Question) -> list[BudgetLine]:
@@ -52,4 +38,4 @@ def lines(question: Question) -> list[BudgetLine]:
     if question.share is None:
         return terms
     share = read_share(question.share)
-    return [*terms, share_line(terms, question, option=OPTION, share=share, up=False)]
+    return [*terms, share_line(terms, question, share, f"{float(share):g}", up=False)]

@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from kvcalc.hardware import Gpu
 
 OPTION = "mem_fraction_static"
-SOURCE = "SGLang 0.5.23 kv_cache_configurator.py"
 
 CLASSES = (
     (20, 2048, 8, 8),
@@ -64,8 +63,8 @@ def lines(question: Question) -> list[BudgetLine]:
     if question.reserve_bytes is None:
         terms.append(_context(question))
     share, said = _share(question)
-    rest = share_line(terms, question, option=OPTION, share=share, up=True)
-    terms.append(rest._replace(name="activations, graphs", source=said))
+    rest = share_line(terms, question, share, said, up=True)
+    terms.append(rest._replace(name="activations, graphs"))
     terms += [weights_line(question), *encoder_lines(question)]
     return terms if question.reserve_bytes is None else [*terms, reserve_line(question)]
 

@@ -5,8 +5,6 @@ not PyTorch's) (tensorrt_llm/_torch/pyexecutor/_util.py). Few logs print the ter
 wide.
 """
 
-from typing import TYPE_CHECKING, Any
-
 from kvcalc.budget._terms import (
     GIB,
     BudgetLine,
@@ -22,21 +20,12 @@ from kvcalc.budget._terms import (
     weights_line,
 )
 
-if TYPE_CHECKING:
-    from kvcalc.hardware import Gpu
-
 OPTION = "free_gpu_memory_fraction"
 DEFAULT = "0.9"
 SOURCE = "TensorRT-LLM _torch/pyexecutor/_util.py"
 
 STEP_TOKENS = 8192
 """`max_num_tokens` of trtllm-serve."""
-
-
-def defaults(gpu: "Gpu", total_bytes: int) -> dict[str, Any]:
-    """Nothing depends on the device."""
-    del gpu, total_bytes
-    return {}
 
 
 def lines(question: Question) -> list[BudgetLine]:
@@ -54,4 +43,5 @@ def lines(question: Question) -> list[BudgetLine]:
         rule = "CUDA context, graphs and NCCL: half of it to twice as much"
         terms.append(taken("outside PyTorch", outside, outside / 2, 2 * outside, rule))
     share = read_share(question.share or DEFAULT)
-    return [*terms, share_line(terms, question, option=OPTION, share=share, up=False)]
+    said = f"{OPTION} {float(share):g}" + (f", {SOURCE}" if question.share is None else "")
+    return [*terms, share_line(terms, question, share, said, up=False)]

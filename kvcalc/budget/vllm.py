@@ -66,7 +66,8 @@ def lines(question: Question) -> list[BudgetLine]:
     """The terms of one rank's cache memory."""
     terms = device_lines(question)
     share = read_share(question.share or DEFAULT)
-    terms.append(share_line(terms, question, option=OPTION, share=share, up=True))
+    said = f"{OPTION} {float(share):g}" + (f", {SOURCE}" if question.share is None else "")
+    terms.append(share_line(terms, question, share, said, up=True))
     decoder = question.decoder
     terms += [weights_line(question), *encoder_lines(question)]
     if decoder is not None:

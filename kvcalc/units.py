@@ -60,19 +60,26 @@ _BYTES = re.compile(r"([0-9][0-9_]*)(?:\.([0-9]{1,9}))?\s*([a-zA-Z]*)")
 
 
 def parse_bytes(value: str | int, *, name: str) -> int:
-    """Read a byte count: `6.22GiB` (2^30), `80GB` (10^9), `1_000_000`; a part of a byte is dropped.
+    """Read a byte count: `6.22GiB` (2^30), `80GB` (10^9), `1_073_741_824`, or the line of a log that
+    ends so (`Available KV cache memory: 12.3 GiB`); a part of a byte is dropped.
 
-    Raises InputError for what is none.
+    Raises InputError for what is none, and for text without a unit that is no megabyte.
     """
     if not isinstance(value, str):
         return check_count(value, name=name, most=2**60)
-    text = value.strip()
+    before, colon, text = value.strip().rpartition(":")
+    if colon and not before.rstrip().endswith("memory"):
+        text = value
+    text = text.strip()
     match = _BYTES.fullmatch(text) if len(text) <= 40 else None
     unit = _BYTE_UNITS.get(match[3].lower()) if match else None
     if match is None or unit is None:
         msg = f"{name} {shown(text)} is not a number of bytes; write 20GiB, 80GB or 1073741824"
         raise InputError(msg)
     digits = match[1].replace("_", "") + (match[2] or "")
+    if not match[3] and (match[2] or int(digits) < MIB):
+        msg = f"{name} {shown(text)} has no unit: write {text}GiB, {text}GB or {text}B"
+        raise InputError(msg)
     return check_count(int(digits) * unit // 10 ** len(match[2] or ""), name=name, most=2**60)
 
 

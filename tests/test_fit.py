@@ -202,7 +202,17 @@ def test_bytes_mean_what_they_say():
     """GB are 10^9 bytes and GiB 2^30."""
     assert parse_bytes("1.5GiB", name="x") == 3 * 2**29
     assert parse_bytes("80 GB", name="x") == 80 * 10**9
-    assert parse_bytes("1_024", name="x") == parse_bytes(1024, name="x") == 1024
+    assert parse_bytes("1_048_576", name="x") == parse_bytes(2**20, name="x") == 2**20
+    assert parse_bytes("7B", name="x") == parse_bytes(7, name="x") == 7
+    line = "(EngineCore pid=7) INFO 07-25 13:42:16 [x.py:1] Available KV cache memory: 12.5 GiB"
+    assert parse_bytes(line, name="x") == 25 * 2**29
+
+
+@pytest.mark.parametrize("said", ["12.3", "3", "1_024", "4:5", "12.3G"])
+def test_a_number_without_a_unit_is_asked_for_one(said):
+    """What a log has as 12.3 GiB is not taken for 12 bytes."""
+    with pytest.raises(kvcalc.InputError, match="GiB"):
+        kvcalc.fit(MODEL, kv_memory=said, seq="8k")
 
 
 def test_what_would_make_it_fit_does(capsys):

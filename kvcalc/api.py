@@ -1,8 +1,8 @@
 """The library's verbs: what `import kvcalc` offers, and what each command calls."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
-from itertools import islice, product
+from itertools import product
 from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -155,6 +155,7 @@ def fit(
     else:
         from kvcalc.device import choose_gpu
 
+        load_engine(engine)
         device = choose_gpu(gpu, ranks=tp * pp)
         told = {**engine_defaults(engine, device), **told}
         counted = _weights(read, weights)
@@ -233,31 +234,34 @@ def changes_that_fit(
     report: FitReport,
     **deployment: Any,  # noqa: ANN401 - parameters of `fit`
 ) -> list[str]:
-    """Single changes, as options, by which a deployment that does not fit would.
+    """Single changes, as options, by which a deployment that does not fit would, wherever in their
+    ranges estimates lie.
 
-    A smaller KV dtype, twice the ranks and the smallest GPU of the vendor's that holds it are
+    A smaller KV dtype, the fewest ranks of a power of two and the smallest GPU of the vendor's are
     tried; the longest sequence and the most requests are known. Empty where none is enough.
     """
-    trials: list[tuple[str, dict[str, Any]]] = [("--kv-dtype fp8", {"kv_dtype": "fp8"})]
-    if "gpu" in deployment:
-        more = 2 * report.size.tp
-        trials.append((f"--tp {more}", {"tp": more}))
 
-    def fits(parameters: dict[str, Any]) -> bool:
-        try:
-            return fit(model, **{**deployment, **parameters}).fits
-        except KvcalcError:  # an engine or a model that cannot
-            return False
+    def first(option: str, changes: Iterable[Any]) -> list[str]:
+        """The first of the changes of an option that does."""
+        name = option.replace("-", "_")
+        for change in changes:
+            try:
+                tried = fit(model, **{**deployment, name: change})
+            except KvcalcError:  # an engine or a model that cannot
+                continue
+            if tried.fits and tried.sure:
+                return [f"--{option} {change}"]
+        return []
 
-    found = [change for change, parameters in trials if fits(parameters)]
+    found = first("kv-dtype", ["fp8"])
     if "gpu" in deployment:
-        larger = (gpu.id for gpu in _larger_gpus(deployment["gpu"]))
-        fitting = (one for one in larger if fits({"gpu": one}))
-        found += [f"--gpu {one}" for one in islice(fitting, 1)]
-    if report.max_tokens:
-        found.append(f"--seq {report.max_tokens}")
-    if report.max_concurrency:
-        found.append(f"--concurrency {report.max_concurrency}")
+        ranks = (2**power for power in range(1, 7) if 2**power > report.size.tp)
+        found += first("tp", ranks)
+        found += first("gpu", (gpu.id for gpu in _larger_gpus(deployment["gpu"])))
+    if report.max_tokens_range[0]:
+        found.append(f"--seq {report.max_tokens_range[0]}")
+    if report.max_concurrency_range[0]:
+        found.append(f"--concurrency {report.max_concurrency_range[0]}")
     return found
 
 

@@ -8,6 +8,7 @@ printed here. Whatever is wrong names its file, line and key.
 import json
 import operator
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cache
@@ -224,13 +225,15 @@ class CheckReport(NamedTuple):
 
     @property
     def exit_code(self) -> int:
-        """The worst: 2 for a bad file or model, 3 for what has no exact size or is left open by
-        estimates, 1 for what does not hold.
+        """The worst: 2 for a bad file or model, 1 for what does not hold, 3 for what has no exact
+        size or is left open by estimates.
         """
         statuses = {result.status for result in self.results}
         if self.errors or "bad" in statuses:
             return 2
-        return 3 if statuses & {"refused", "open"} else int("fails" in statuses)
+        if "fails" in statuses:
+            return 1
+        return 3 if statuses & {"refused", "open"} else 0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; the schema is `kvcalc.check/1`."""
@@ -631,10 +634,10 @@ class _Runs:
             "kv_bytes_per_token": self._bytes_per_token(deployment, model, report),
             "weights": report.weights_bytes,
         }
-        points = [(report.available_bytes, report.max_concurrency, report.max_tokens)]
-        if report.available_range != (report.available_bytes,) * 2:
+        points = [(report.balance_bytes, report.max_concurrency, report.max_tokens)]
+        if report.balance_range != (report.balance_bytes,) * 2:
             points += zip(
-                report.available_range,
+                report.balance_range,
                 report.max_concurrency_range,
                 report.max_tokens_range,
                 strict=True,
@@ -666,7 +669,7 @@ class _Runs:
 
 def _at(
     report: FitReport,
-    available: int,
+    balance: int,
     most: int,
     longest: int,
     *,
@@ -675,14 +678,14 @@ def _at(
     """The figures that depend on how much memory there is; `shared` are one sequence's bytes and
     those of them that all share.
     """
-    needed = report.needed_bytes
+    needed, available = report.needed_bytes, max(balance, 0)
     if shared is not None:
         one, common = shared
         needed = report.concurrency * one - (report.concurrency - 1) * common
         most = min((available - common) // (one - common), MAX_BATCH) if available >= one else 0
     return {
         "fits": needed <= available,
-        "headroom": available - needed,
+        "headroom": balance - needed,
         "max_concurrency": most,
         "max_tokens": None if shared else longest,
         "needed": needed,
@@ -785,12 +788,20 @@ def read_baseline(path: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
 def _changes(
     old: Mapping[tuple[str, str], Mapping[str, Any]], results: Sequence[Result]
 ) -> Iterator[Change]:
-    """Every figure that differs, deployments that are new, and those that are gone."""
+    """Every figure that differs, deployments that are new, and those that are gone.
+
+    A deployment is known by its file and name; by its name alone where that is the only one, since
+    a file may be named by another path.
+    """
+    names = Counter(name for _, name in old)
+    own = Counter(result.deployment.name for result in results)
+    by_name = {name: (file, name) for file, name in old if names[name] == own[name] == 1}
     seen = set()
     for result in results:
         key = (result.deployment.place.file, result.deployment.name)
-        seen.add(key)
-        before = old.get(key)
+        found = key if key in old else by_name.get(key[1], key)
+        seen.add(found)
+        before = old.get(found)
         if before is None or not result.figures:
             if before != {} or result.figures:
                 yield Change(*key, {}, "new" if before is None else f"now {result.status}")
@@ -816,6 +827,9 @@ def write_starter(path: Path) -> None:
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(starter)
+    except FileExistsError:
+        msg = f"{path} is there already and stays as it is; name another FILE"
+        raise OutputError(msg) from None
     except OSError as error:
         msg = f"cannot write {path}: {error.strerror or error}"
         raise OutputError(msg) from None

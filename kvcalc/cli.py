@@ -142,7 +142,10 @@ def size(
 
 def fit(
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="Like size; none with --from.")
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]", help="Name, config.json, GGUF or HF id; not with --from."
+        ),
     ] = None,
     gpu: Annotated[
         str | None, typer.Option(help="An id of kvcalc gpus, a YAML like theirs, or auto.")
@@ -222,7 +225,8 @@ def fit(
 
 def check(
     files: Annotated[
-        list[Path] | None, typer.Argument(metavar="FILE...", help="YAML; see --init.")
+        list[Path] | None,
+        typer.Argument(metavar="FILE...", help="YAML, see --init; else kvcalc.yaml."),
     ] = None,
     baseline: Annotated[
         Path | None, typer.Option(help="JSON of an earlier run: show what changed.")
@@ -239,26 +243,33 @@ def check(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Hold deployments to what is required of them, in CI or before a commit."""
+    """Hold deployments to what is required of them, in CI or before a commit.
+
+    Exit status: 0 all of it holds, 1 something does not, 2 a file or a model is bad, 3 something
+    has no exact size, or estimates leave it open.
+    """
     from kvcalc import checking
     from kvcalc.render import checked, data
 
+    starter = Path(checking.STARTER)
     if init:
-        for file in files or [Path(checking.STARTER)]:
+        for file in files or [starter]:
             checking.write_starter(file)
+            _complain(f"wrote {file}; edit it, then: kvcalc check {file}")
     elif schema:
         data.write_json(checking.json_schema())
-    elif not files:
-        msg = f"give a FILE of deployments; kvcalc check --init writes {checking.STARTER}"
+    elif not files and not starter.exists():
+        msg = f"give a FILE of deployments; kvcalc check --init writes {starter}"
         raise InputError(msg)
     else:
+        files = files or [starter]
         report = checking.check(files, baseline=baseline)
         checked.publish(report, json=json, junit=junit, out=out)
         raise typer.Exit(report.exit_code)
 
 
 def plan(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="Like size.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Name, config.json or HF id.")],
     seq: Annotated[
         str | None, typer.Option(help="Tokens of a request; else the model's maximum.")
     ] = None,
@@ -324,7 +335,7 @@ def plan(
 def models(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[FILTER...]", help="Parts of a name, type or family; refused."),
+        typer.Argument(metavar="[FILTER...]", help="Parts of a name, type or family, or: refused."),
     ] = None,
     json: Json = False,
 ) -> None:

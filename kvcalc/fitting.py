@@ -26,7 +26,7 @@ class FitReport(NamedTuple):
     """What one rank's memory for the cache holds. Bytes are of one rank, the most loaded one.
 
     - `needed_bytes` for `concurrency` requests of `seq_tokens` tokens, and `headroom_bytes` beyond
-      them, negative where they do not fit;
+      them, negative where they do not fit, by as much as the weights do not fit, too;
     - `max_concurrency`: most requests of `seq_tokens` at once; `max_tokens`: the longest sequence
       for each of `concurrency` requests (0 where none fits);
     - `printed`: what the engine itself says of such a pool, by its own names;
@@ -62,9 +62,20 @@ class FitReport(NamedTuple):
         return self.needed_bytes <= least or self.needed_bytes > most
 
     @property
+    def balance_range(self) -> tuple[int, int]:
+        """What the budget comes to at least and at most: below zero where weights do not fit."""
+        least, most = (sum(line.bounds[end] for line in self.budget) for end in (0, 1))
+        return least, most
+
+    @property
+    def balance_bytes(self) -> int:
+        """What the budget comes to."""
+        return sum(line.num_bytes for line in self.budget)
+
+    @property
     def headroom_bytes(self) -> int:
         """What is left beside them."""
-        return self.available_bytes - self.needed_bytes
+        return self.balance_bytes - self.needed_bytes
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; the schema is `kvcalc.fit/1`."""

@@ -32,7 +32,7 @@ def parse_tokens(value: str | int, *, name: str = "--seq") -> int:
     text = value.strip()
     match = _TOKENS.fullmatch(text) if len(text) <= 32 else None
     if match is None:
-        msg = f"{name} {shown(text)} is not a number of tokens; write 131072, 128k or 1M"
+        msg = f"{name} {shown(text)} is no whole number; write 131072, 128k or 1M"
         raise InputError(msg)
     whole, fraction, suffix = match.groups()
     unit = _TOKEN_SUFFIXES[suffix.lower()]
@@ -60,8 +60,8 @@ _BYTES = re.compile(r"([0-9][0-9_]*)(?:\.([0-9]{1,9}))?\s*([a-zA-Z]*)")
 
 
 def parse_bytes(value: str | int, *, name: str) -> int:
-    """Read a byte count: `6.22GiB` (2^30), `80GB` (10^9), `1_073_741_824`, or the line of a log that
-    ends so (`Available KV cache memory: 12.3 GiB`); a part of a byte is dropped.
+    """Read a byte count: `6.22GiB` (2^30), `80GB` (10^9), `1_073_741_824`, or the line of a log
+    that ends so (`Available KV cache memory: 12.3 GiB`); a part of a byte is dropped.
 
     Raises InputError for what is none, and for text without a unit that is no megabyte.
     """

@@ -443,9 +443,33 @@ def test_a_file_to_start_from(tmp_path, monkeypatch, capsys):
     assert cli.run(["check"]) == 2
     assert "--init" in capsys.readouterr().err
     assert cli.run(["check", "--init"]) == 0
-    assert cli.run(["check", "kvcalc.yaml"]) == 0
+    assert "wrote kvcalc.yaml" in capsys.readouterr().err
+    assert cli.run(["check", "kvcalc.yaml"]) == cli.run(["check"]) == 0
     assert cli.run(["check", "--init"]) == 2
-    assert "cannot write kvcalc.yaml" in capsys.readouterr().err
+    assert "kvcalc.yaml is there already" in capsys.readouterr().err
+    assert cli.run(["check", "--init", "absent/a.yaml"]) == 2
+    assert "cannot write absent/a.yaml" in capsys.readouterr().err
+
+
+def test_a_sure_failure_counts_more_than_what_is_left_open(tmp_path):
+    """One deployment fails and another has no exact size: the status is that of the failure."""
+    text = f"{GOOD}    require: [max_concurrency >= 21]\n"
+    refused = "  other: {model: Qwen/Qwen3-8B, engine: transformers, gpu: l4}\n"
+    report = checked_text(tmp_path, text + refused)
+    assert [result.status for result in report.results] == ["fails", "refused"]
+    assert report.exit_code == 1
+
+
+def test_a_baseline_of_another_path_is_the_same(tmp_path, monkeypatch):
+    """A deployment that has its name alone is known by it, however its file is named."""
+    checked_text(tmp_path, GOOD)
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(["check", "kvcalc.yaml", "--out", "before.json"]) == 0
+    changed = GOOD.replace("20GiB", "30GiB")
+    report = checked_text(tmp_path, changed, name="renamed.yaml", baseline=Path("before.json"))
+    (change,) = report.changes
+    assert change.said == ""
+    assert "kv_memory" in change.figures
 
 
 def test_the_schema_for_editors_is_that_of_the_reader(capsys):

@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from kvcalc.budget._terms import (
+    ESTIMATE,
     GIB,
     MIB,
     BudgetLine,
@@ -39,6 +40,10 @@ CLASSES = (
 """Below so many GiB: chunk of prefill, and largest batch of a decode graph below and from 4 ranks.
 """
 
+USUAL_PART = Fraction(95, 100)
+SMALLEST_PART, LARGEST_PART = USUAL_PART * Fraction(8, 10), USUAL_PART * Fraction(105, 100)
+"""What of the share models with an encoder take, by its size (adjust_mem_fraction_for_vlm)."""
+
 LARGEST_CLASS = (16384, 512, 512)
 MANY_RANKS = 4
 
@@ -63,8 +68,16 @@ def lines(question: Question) -> list[BudgetLine]:
     if question.reserve_bytes is None:
         terms.append(_context(question))
     share, said = _share(question)
-    rest = share_line(terms, question, share, said, up=True)
-    terms.append(rest._replace(name="activations, graphs"))
+    rest = share_line(terms, question, share, said, up=True)._replace(name="activations, graphs")
+    decoder = question.decoder
+    if question.share is None and decoder and decoder.encoder and not decoder.encoder.known:
+        # Of what size the encoder is decides the share, between these.
+        low, high = (
+            share_line(terms, question, share * part, said, up=True).bounds
+            for part in (SMALLEST_PART / USUAL_PART, LARGEST_PART / USUAL_PART)
+        )
+        rest = rest._replace(provenance=ESTIMATE, least_bytes=low[0], most_bytes=high[1])
+    terms.append(rest)
     terms += [weights_line(question), *encoder_lines(question)]
     return terms if question.reserve_bytes is None else [*terms, reserve_line(question)]
 
@@ -99,13 +112,12 @@ def _share(question: Question) -> tuple[Fraction, str]:
         reserved = max(reserved, 10240)
     share = round((total - reserved) / total, 3)
     said = f"{OPTION} {share}: {reserved:,.0f} of {total:,} MiB are for activations and graphs"
-    if decoder.encoder and not decoder.encoder.known:
-        msg = f"the default of {OPTION} depends on the encoder, which the config leaves out: "
-        msg += "give --share"
-        raise InputError(msg)
     if decoder.encoder:
-        size = decoder.encoder.layers * decoder.encoder.width**2 / (24 * 1024**2)
-        share *= 0.95 * min(max(1 - 0.1 * (size - 1), 0.8), 1.05)
+        part = float(USUAL_PART)
+        if decoder.encoder.known:
+            size = decoder.encoder.layers * decoder.encoder.width**2 / (24 * 1024**2)
+            part *= min(max(1 - 0.1 * (size - 1), 0.8), 1.05)
+        share *= part
         said = f"{OPTION} {share:.3f}: the encoder's part, and {reserved:,.0f} of {total:,} MiB"
     return Fraction(share).limit_denominator(10**6), said
 

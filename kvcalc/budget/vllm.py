@@ -92,8 +92,8 @@ def _activations(question: Question, decoder: "Decoder") -> BudgetLine:
     images = 2 * step if decoder.encoder else 0
     about = max(sampler, forward) + experts + images + CONSTANT_BYTES
     rule = (
-        f"a step of {tokens:,} tokens, {requests:,} of which are sampled from "
-        f"{decoder.vocabulary:,} words at {per_word / 10} B: ± 15 %"
+        f"a step of {tokens:,} tokens, {requests:,} requests of which are sampled: {per_word / 10} "
+        f"B for each and for each of {decoder.vocabulary:,} words; ± 15 %"
     )
     most = 1.15 * about
     if decoder.encoder:

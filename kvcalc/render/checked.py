@@ -63,7 +63,8 @@ def told(report: CheckReport) -> str:
         failures = list(_failures(report))
         for result, outcome in failures:
             place = _place(result, outcome)
-            lines.append(f"{place.file}:{place.line}: {result.deployment.name}: {broken(outcome)}")
+            where = f"{place.file}:{place.line}: {result.deployment.name}"
+            lines.append(f"{where}: {broken(result, outcome)}")
         lines += [""] * bool(failures)
     if report.changes is not None:
         lines += [*change_lines(report.changes), ""]
@@ -89,8 +90,8 @@ def _cells(result: Result) -> tuple[str, ...]:
 
 
 def _headroom(figures: Mapping[str, int | bool | None]) -> str:
-    memory = figures["kv_memory"]
-    return _percent(Fraction(_whole(figures["headroom"]), memory)) if memory else "-"
+    memory, headroom = figures["kv_memory"], _whole(figures["headroom"])
+    return _percent(Fraction(headroom, memory)) if memory else format_bytes(headroom)
 
 
 def _whole(value: int | bool | None) -> int:
@@ -103,18 +104,24 @@ def _percent(part: Fraction) -> str:
     return f"{'-' if tenths < 0 else ''}{abs(tenths) // 10}.{abs(tenths) % 10}%"
 
 
-def broken(outcome: Outcome) -> str:
+def broken(result: Result, outcome: Outcome) -> str:
     """What does not hold, and what was found: `max_concurrency >= 24 does not hold: 9`."""
-    return f"{outcome.requirement.text} {found(outcome)}"
+    return f"{outcome.requirement.text} {found(result, outcome)}"
 
 
-def found(outcome: Outcome) -> str:
+def found(result: Result, outcome: Outcome) -> str:
     """What became of a requirement, and what it was held against."""
     figure = outcome.requirement.figure
-    if outcome.ends is None:
-        return f"does not hold: {_value(figure, outcome.found)}"
-    worst, best = (_value(figure, end) for end in outcome.ends)
-    return f"is open: {worst} to {best} as estimates range; give reserve to decide"
+    if outcome.ends is not None:
+        worst, best = (_value(figure, end) for end in outcome.ends)
+        given = result.deployment.given
+        more = [key for key in ("reserve", "weights") if key not in given]
+        hint = f"; give {' or '.join(more)} to decide" if more else ""
+        return f"is open: {worst} to {best} as estimates range{hint}"
+    if figure == "fits":
+        missing = format_bytes(-_whole(result.figures["headroom"]))
+        return f"does not hold: {missing} missing on each rank"
+    return f"does not hold: {_value(figure, outcome.found)}"
 
 
 def _value(figure: str, value: int | Fraction) -> str:
@@ -227,9 +234,9 @@ def junit_xml(report: CheckReport) -> str:
         for outcome in result.outcomes:
             body = ""
             if outcome.ends is not None:
-                body = _problem("error", broken(outcome), "open")
+                body = _problem("error", broken(result, outcome), "open")
             elif not outcome.holds:
-                body = _problem("failure", broken(outcome), "fails")
+                body = _problem("failure", broken(result, outcome), "fails")
             case(file, name, outcome.requirement.text, body)
     lines = ['<?xml version="1.0" encoding="UTF-8"?>', "<testsuites>"]
     for file, cases in suites.items():
@@ -270,7 +277,7 @@ def annotations(report: CheckReport) -> Iterator[str]:
             yield _annotation(place.file, place.line, title, str(result.error))
         for _, outcome in _failures(report._replace(results=(result,))):
             place = _place(result, outcome)
-            yield _annotation(place.file, place.line, title, broken(outcome))
+            yield _annotation(place.file, place.line, title, broken(result, outcome))
 
 
 def _annotation(file: str, line: int, title: str, message: str) -> str:
@@ -292,7 +299,8 @@ def step_summary(report: CheckReport) -> str:
         lines += [_row(_cells(result)) for result in report.results]
         lines.append("")
     wrong = [
-        f"**{_plain(result.deployment.name)}**: `{outcome.requirement.text}` {found(outcome)}"
+        f"**{_plain(result.deployment.name)}**: `{outcome.requirement.text}` "
+        f"{found(result, outcome)}"
         for result, outcome in _failures(report)
     ]
     wrong += [_plain(line) for line in _errors(report)]

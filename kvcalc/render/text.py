@@ -202,8 +202,6 @@ def print_fit(report: FitReport, changes: Sequence[str]) -> None:
             between = f"{least:.2f} to {most:.2f}" if least != most else ""
             rows.add_row(term.name, f"{term.num_bytes / GIB:.3f}", between, term.provenance)
         out.print(rows)
-        for term in report.budget:
-            print_folded(out, f"{term.name}: ", term.source, "dim")
         out.print()
     lines = {
         f"cache memory{rank}": Text(_both(report.available_bytes)),
@@ -215,22 +213,33 @@ def print_fit(report: FitReport, changes: Sequence[str]) -> None:
         ),
         "longest sequence": Text(
             f"{report.max_tokens:,}{_between(report.max_tokens_range)} tokens for "
-            f"{report.concurrency:,} at once"
+            f"{report.concurrency:,} at once{_own_maximum(report)}"
         ),
     }
     widest = max(map(len, lines)) + 2
     for label, said in lines.items():
         out.print(Text(label.ljust(widest)).append_text(said))
     if changes:
-        out.print("would fit with".ljust(widest) + ", or ".join(changes), style="bold")
+        print_folded(out, "would fit with".ljust(widest), ", or ".join(changes), "bold")
+    elif not report.fits:
+        print_folded(out, "would fit".ljust(widest), "by no single change: see kvcalc plan")
     if report.printed:
         figures = ", ".join(f"{name} {_printed(value)}" for name, value in report.printed.items())
         print_folded(out, "engine says".ljust(widest), figures)
     out.print()
+    for term in report.budget if len(report.budget) > 1 else ():
+        print_folded(out, f"{term.name}: ", term.source, "dim")
     for line in provenance(size):
-        out.print(line, style="dim")
+        label, _, told = line.partition(":")
+        print_folded(out, f"{label}: ", told.strip(), "dim")
     for note in dict.fromkeys((*size.notes, *(f"weights: {one}" for one in report.weights_notes))):
-        out.print(f"note: {note}", style="yellow")
+        print_folded(out, "note: ", note, "yellow")
+
+
+def _own_maximum(report: FitReport) -> str:
+    """A word where memory holds more than the model was made for."""
+    own = report.size.max_tokens
+    return f"; the model's own maximum is {own:,}" if 0 < own < report.max_tokens else ""
 
 
 def _verdict(report: FitReport) -> Text:
@@ -536,6 +545,6 @@ def like_for_like(headline: Mapping[str, Any]) -> str:
 def print_folded(out: Console, label: str, told: str, style: str = "") -> None:
     """A label, and beside it a text that folds in its column at the width of the terminal."""
     width = min(max(get_terminal_size().columns, 40), 100) - len(label)
-    for line in wrap(told, width, break_long_words=False, break_on_hyphens=False):
+    for line in wrap(told, width, break_on_hyphens=False):
         out.print(Text.assemble((label, "bold"), (line, style)))
         label = " " * len(label)

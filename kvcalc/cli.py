@@ -279,7 +279,8 @@ def plan(
     ] = None,
     max_gpus: Annotated[int, typer.Option(help="Most GPUs of a deployment.")] = 8,
     prices: Annotated[
-        Path | None, typer.Option(help="YAML of prices; cheapest first if all have one.")
+        Path | None,
+        typer.Option(help="Cheapest first, by a YAML: currency: USD, per_gpu_hour: {l4: 0.71}"),
     ] = None,
     engine: Annotated[str, typer.Option(help="Whose rules.")] = "vllm",
     option: Annotated[
@@ -299,7 +300,7 @@ def plan(
     """List the GPUs, and how many of them, that serve so many requests: least memory first."""
     from kvcalc import api, planning
 
-    found = planning.plan(
+    report = planning.plan(
         model,
         gpus=_items(gpu, "--gpu"),
         kv_dtypes=_items(kv_dtype, "--kv-dtype") or ("auto", "fp8"),
@@ -317,18 +318,17 @@ def plan(
     if json:
         from kvcalc.render import data
 
-        data.write_json(
-            {"schema": planning.SCHEMA, "deployments": [one.to_dict() for one in found]}
-        )
-    elif found:
+        data.write_json(report.to_dict())
+    elif report.deployments:
         from kvcalc.render import text
 
-        text.print_plan(found)
-    if not found:
-        _complain(
+        text.print_plan(report)
+    if not report.deployments:
+        none = (
             f"no GPU that is known holds them, with up to {max_gpus} of it; give fewer or shorter "
             "requests, or more --max-gpus"
         )
+        _complain("; ".join((none, *report.remarks())))
         raise typer.Exit(EXIT_FAILED)
 
 
@@ -358,9 +358,17 @@ def gpus(
         list[str] | None,
         typer.Argument(metavar="[FILTER...]", help="Parts of an id, name, vendor or architecture."),
     ] = None,
+    yaml: Annotated[
+        bool, typer.Option("--yaml", help="Print the file of one, to start your own from.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """List and search the accelerators whose figures are known."""
+    if yaml:
+        from kvcalc.hardware import gpu_yaml
+
+        sys.stdout.write(gpu_yaml(" ".join(words or ())))
+        return
     from kvcalc import api
 
     rows = api.list_gpus(words or ())

@@ -4,19 +4,24 @@ A figure without a source is None. Tensor rates are dense; memory is nominal, `u
 nvidia-smi and its like report, `cuda_bytes` the total that CUDA or HIP tells a program. Transfer
 rates are those of one GPU in one direction, and where GPUs have no link of their own, the
 interconnect is the PCIe bus. Nothing here asks the machine it runs on.
+
+A file of the user's own needs a name and what a driver says of the memory; a figure may stand there
+plainly, `cuda_bytes: 47.5GiB`, and its source is then the file.
 """
 
 import datetime
 import difflib
 import re
+from contextlib import suppress
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvcalc.data import profiles_folder
 from kvcalc.errors import ConfigError, InputError
-from kvcalc.strict_yaml import Node, Place, Scalar, items, read, record, text
-from kvcalc.units import shown
+from kvcalc.strict_yaml import Fields, Node, Place, Scalar, items, read, record, text
+from kvcalc.units import GIB, parse_bytes, shown
 
 if TYPE_CHECKING:
     from decimal import Decimal
@@ -69,12 +74,24 @@ class Gpu(NamedTuple):
         return self.cuda_bytes or self.usable_bytes
 
 
-OPTIONAL = ("cuda_bytes", "price_per_hour")
+NEEDED = (
+    "; a GPU needs a name, and cuda_bytes (total_memory in PyTorch) or usable_bytes (nvidia-smi): "
+    "name: My GPU, cuda_bytes: 47.5GiB; kvcalc gpus l40s --yaml prints a whole file"
+)
+"""What a message on a user's file ends in."""
 
 FIGURES = tuple(name for name, kind in Gpu.__annotations__.items() if kind == Figure | None)
 """The fields of a Gpu that are figures."""
 
 _VENDOR = re.compile(r"^(nvidia|amd|intel) ")
+
+_BRANDS = re.compile(
+    r"\((r|tm)\)"
+    r"|(?<![a-z])(nvidia|amd|intel|geforce|rtx|tesla|radeon|rx|instinct)(?![a-z])"
+)
+"""What a user may leave out of a name, or write beside it."""
+
+_MOST_NAMED = 8
 
 
 @cache
@@ -85,16 +102,100 @@ def gpu_ids() -> tuple[str, ...]:
 
 @cache
 def load_gpu(gpu_id: str) -> Gpu:
-    """The accelerator of that id; InputError with the nearest ids if there is none."""
+    """The accelerator of exactly that id."""
     if gpu_id not in gpu_ids():
-        near = [known for known in gpu_ids() if known.startswith(gpu_id.strip().lower() or "?")]
-        near += difflib.get_close_matches(gpu_id[:60].lower(), gpu_ids())
-        hint = ", ".join(list(dict.fromkeys(near))[:5])
-        msg = f"unknown GPU {shown(gpu_id)}; " + (
-            f"did you mean {hint}?" if hint else "choose an id such as h100-sxm-80gb"
-        )
-        raise InputError(msg)
+        raise _unknown(gpu_id)
     return read_gpu(profiles_folder() / "gpus" / f"{gpu_id}.yaml")
+
+
+def named_gpu(said: str) -> Gpu:
+    """The accelerator of an id, of another name that can mean this one alone, or of a YAML file.
+
+    Case, spaces and dashes do not count, nor do brands: `H100 SXM`, `rtx4090`, `NVIDIA L4`. Where
+    no name is the whole of what is said, all its words must stand in one. InputError with those
+    that it may be, or with what is near.
+    """
+    if is_file(said):
+        return _own(Path(said).expanduser())
+    dashed = re.sub(r"[\s_]+", "-", said.strip().lower())
+    if dashed in gpu_ids():
+        return load_gpu(dashed)
+    found = _meant(said)
+    if not found:
+        raise _unknown(said)
+    if len(found) > 1:
+        msg = f"GPU {shown(said)} is no single one; did you mean {_listed(found)}?"
+        raise InputError(msg)
+    return load_gpu(found[0])
+
+
+def _meant(said: str) -> list[str]:
+    """The ids of what a user may mean."""
+    wanted = _words(said)
+    written = _words_by_id()
+    whole = [known for known, names in written.items() if wanted and wanted in names]
+    if whole or not wanted:
+        return whole
+    joined = "".join(wanted)
+    whole = [known for known, names in written.items() if joined in map("".join, names)]
+    return whole or [
+        known for known, names in written.items() if set(wanted) <= {*chain.from_iterable(names)}
+    ]
+
+
+def _unknown(said: str) -> InputError:
+    """The error for a name that is none, with what begins alike, has a model's number in common, or
+    differs by a slip.
+    """
+    wanted = _words(said[:60])
+    joined = "".join(wanted)
+    written = _words_by_id()
+    begins = [
+        known
+        for known, names in written.items()
+        if len(joined) > 1 and any("".join(name).startswith(joined) for name in names)
+    ]
+    models = {word for word in wanted if re.search(r"\d", word) and not re.search(r"\dgi?b$", word)}
+    alike: list[str] = []
+    if models:
+        common = {
+            known: len(set(wanted) & words)
+            for known, names in written.items()
+            if models & (words := {*chain.from_iterable(names)})
+        }
+        alike = [known for known, count in common.items() if count == max(common.values())]
+    by_name = {"".join(_words(known)): known for known in written}
+    slips = [by_name[one] for one in difflib.get_close_matches(joined, by_name, cutoff=0.75)]
+    near = begins or alike or slips
+    return InputError(
+        f"unknown GPU {shown(said)}; "
+        + (
+            f"did you mean {_listed(near)}?"
+            if near
+            else "choose an id such as h100-sxm-80gb (kvcalc gpus lists all), or a YAML of your own"
+        )
+    )
+
+
+def _listed(ids: list[str]) -> str:
+    """`l4, l40 or l40s`."""
+    if len(ids) > _MOST_NAMED:
+        return f"{', '.join(ids[:_MOST_NAMED])} or {len(ids) - _MOST_NAMED} more"
+    return " or ".join(filter(None, (", ".join(ids[:-1]), ids[-1])))
+
+
+def _words(name: str) -> tuple[str, ...]:
+    """`NVIDIA A100-SXM4-80GB` → a100, sxm4, 80gb; `RTX4090` → 4090."""
+    return tuple(re.findall(r"[a-z0-9+]+", _BRANDS.sub(" ", name.casefold())))
+
+
+@cache
+def _words_by_id() -> dict[str, list[tuple[str, ...]]]:
+    """The words of each accelerator's id and names."""
+    return {
+        gpu.id: [_words(name) for name in (gpu.id, gpu.name, *gpu.also)]
+        for gpu in map(load_gpu, gpu_ids())
+    }
 
 
 def find_gpu(device_name: str) -> Gpu | None:
@@ -125,23 +226,42 @@ def _normal(name: str) -> str:
     return _VENDOR.sub("", re.sub(r"[\s_-]+", " ", text).strip())
 
 
-def named_gpu(said: str) -> Gpu:
-    """The accelerator of an id, or of a YAML file written like those of `profiles/gpus/`."""
-    return read_gpu(Path(said).expanduser()) if is_file(said) else load_gpu(said)
-
-
 def is_file(said: str) -> bool:
     """Whether a GPU is named by its file."""
     return said.endswith((".yaml", ".yml"))
 
 
+def gpu_yaml(said: str) -> str:
+    """The file of an accelerator as a start for one of the user's own, which reads as the same."""
+    if not said:
+        msg = "--yaml prints one GPU: kvcalc gpus l40s --yaml"
+        raise InputError(msg)
+    gpu = named_gpu(said)
+    path = Path(said).expanduser() if is_file(said) else profiles_folder() / f"gpus/{gpu.id}.yaml"
+    lines = [f"# {gpu.id}, as a start for a file of your own: --gpu mine.yaml"]
+    lines.append("# Needed are name and cuda_bytes or usable_bytes; a figure may be plain: 47.5GiB")
+    if gpu.total_bytes is None:
+        lines.append("# No driver's figure is known here: give usable_bytes or cuda_bytes")
+    return "\n".join((*lines, path.read_text("utf-8")))
+
+
+def _own(path: Path) -> Gpu:
+    """A user's file, which must say what a driver says of the memory."""
+    gpu = read_gpu(path)
+    if gpu.total_bytes is None:
+        msg = f"{path}:1: neither cuda_bytes nor usable_bytes{NEEDED}"
+        raise InputError(msg)
+    return gpu
+
+
 def read_gpu(path: Path) -> Gpu:
     """Read one file strictly; InputError with file, line and key for what is not as it should be,
-    and for a file that cannot be read. Only a user's own file has a price.
+    and for a file that cannot be read. All but the name may be left out; only a user's own file has
+    a price, or an id that is not its file's name.
     """
     place, root = read(path, remedy="; kvcalc gpus lists the ids there are")
-    needed = [name for name in Gpu._fields[1:] if name not in OPTIONAL]
-    at = record(place, root, needed, optional=OPTIONAL)
+    optional = [key for key in Gpu._fields if key != "name"]
+    at = record(place, root, ["name"], optional=optional, remedy=NEEDED)
 
     given = {
         key: (here, node)
@@ -152,17 +272,44 @@ def read_gpu(path: Path) -> Gpu:
     def text_or_none(key: str) -> str | None:
         return text(*given[key]) if key in given else None
 
+    name = text(*at["name"])
     return Gpu(
-        id=path.stem,
-        name=text(*at["name"]),
-        also=tuple(text(*item) for item in items(*at["also"])),
-        vendor=text(*at["vendor"]),
+        id=_id(*given["id"]) if "id" in given else path.stem,
+        name=name,
+        also=tuple(text(*item) for item in items(*given["also"])) if "also" in given else (),
+        vendor=text_or_none("vendor") or _vendor(name),
         architecture=text_or_none("architecture"),
-        compute_capability=text_or_none("compute_capability"),
+        compute_capability=_capability(*given["compute_capability"])
+        if "compute_capability" in given
+        else None,
         notes=text_or_none("notes"),
         price_per_hour=_price(*given["price_per_hour"]) if "price_per_hour" in given else None,
-        **{key: _figure(*given[key]) if key in given else None for key in FIGURES},
+        **{key: _figure(key, *given[key]) if key in given else None for key in FIGURES},
     )
+
+
+def _id(place: Place, node: Node) -> str:
+    said = text(place, node)
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,39}", said):
+        msg = (
+            f"must be a name such as my-gpu, not {shown(said)}; without one the file's name counts"
+        )
+        raise place.wrong(msg)
+    return said
+
+
+def _vendor(name: str) -> str:
+    """Whose a GPU is, by its name; NVIDIA's where that does not say it."""
+    found = re.search(r"\b(nvidia|amd|intel)\b", name.casefold())
+    return found[1] if found else "nvidia"
+
+
+def _capability(place: Place, node: Node) -> str:
+    said = text(place, node)
+    if not re.fullmatch(r"[0-9]{1,2}\.[0-9]{1,2}", said):
+        msg = f"must be a compute capability such as 8.9, not {shown(said)}"
+        raise place.wrong(msg)
+    return said
 
 
 def read_amount(place: Place, node: Node) -> "Decimal":
@@ -195,18 +342,46 @@ def _price(place: Place, node: Node) -> Price:
     )
 
 
-def _figure(place: Place, node: Node) -> Figure:
-    at = record(place, node, Figure._fields)
-    return Figure(_whole(*at["value"]), text(*at["source"]), _date(*at["date"]))
+def _figure(key: str, place: Place, node: Node) -> Figure:
+    """A number with its source and date, or without: then it is the file's, as it was written."""
+    if not isinstance(node, Fields):
+        return Figure(_number(key, place, node), place.file, _written(place))
+    at = record(place, node, ["value"], optional=("source", "date"))
+    return Figure(
+        _number(key, *at["value"]),
+        text(*at["source"]) if "source" in at else place.file,
+        _date(*at["date"]) if "date" in at else _written(place),
+    )
 
 
-def _whole(place: Place, node: Node) -> int:
-    """A positive decimal integer, as PyYAML and every other reader of YAML understand it."""
-    said = text(place, node, wanted=(wanted := "a positive whole number in decimal digits"))
-    if not re.fullmatch(r"[1-9][0-9]{0,19}", said):
+def _number(key: str, place: Place, node: Node) -> int:
+    """A positive decimal integer, as PyYAML and every other reader of YAML understand it; bytes may
+    have a unit.
+    """
+    wanted = "a positive whole number in decimal digits"
+    per_second = "/s" * key.endswith("_per_second")
+    if "bytes" in key:
+        wanted = f"a number of bytes such as 47.5GiB{per_second} or 51002736640"
+    said = text(place, node, wanted=wanted)
+    number = 0
+    if re.fullmatch(r"[1-9][0-9]{0,19}", said):
+        number = int(said)
+    elif "bytes" in key and re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})? ?[KMGT]i?B(/s)?", said):
+        with suppress(InputError):  # nothing at all
+            number = parse_bytes(said.removesuffix(per_second), name=key)
+    if not number:
         msg = f"must be {wanted}, not {shown(said)}"
         raise place.wrong(msg)
-    return int(said)
+    if key.endswith("_bytes") and number < GIB:
+        msg = f"{shown(said)} is less than 1 GiB: must be {wanted}"
+        raise place.wrong(msg)
+    return number
+
+
+def _written(place: Place) -> datetime.date:
+    """The day on which a file was last changed."""
+    changed = Path(place.file).stat().st_mtime
+    return datetime.datetime.fromtimestamp(changed, tz=datetime.UTC).date()
 
 
 def _date(place: Place, node: Node) -> datetime.date:

@@ -3,21 +3,22 @@
 Prices are the user's, from a YAML that is read strictly; none is bundled.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvcalc import api
 from kvcalc.budget import engine_defaults
 from kvcalc.device import AUTO, this_machine
-from kvcalc.errors import InputError, UnsupportedError
+from kvcalc.dtypes import storage_format
+from kvcalc.errors import InputError, KvcalcError, UnsupportedError
 from kvcalc.fitting import FitReport
 from kvcalc.hardware import (
     Gpu,
     Price,
     gpu_ids,
     is_file,
-    load_gpu,
     named_gpu,
     read_amount,
     read_currency,
@@ -71,6 +72,52 @@ class Deployment(NamedTuple):
         }
 
 
+class LeftOut(NamedTuple):
+    """What could not be computed, and the first reason: these KV dtypes of these GPUs."""
+
+    gpus: tuple[str, ...]
+    kv_dtypes: tuple[str, ...]
+    reason: str
+    said: str
+
+    def __str__(self) -> str:
+        """`l40, l40s: the default depends on …`."""
+        return f"{self.said}: {self.reason}"
+
+
+class PlanReport(NamedTuple):
+    """The `deployments` in their order, what is `left_out`, the ids of GPUs whose memory no driver
+    is known to have told (`unknown`), and why it is not prices that order them (`unpriced`).
+    """
+
+    deployments: tuple[Deployment, ...]
+    left_out: tuple[LeftOut, ...] = ()
+    unknown: tuple[str, ...] = ()
+    unpriced: str = ""
+
+    def remarks(self) -> Iterator[str]:
+        """What is not told by the deployments, line by line."""
+        if self.unpriced:
+            yield f"{self.unpriced}: ordered by memory"
+        for one in self.left_out:
+            yield f"left out: {one}"
+        if self.unknown:
+            count = len(self.unknown)
+            yield f"{count} GPU{'s' * (count > 1)} left out: no driver's figure of their memory"
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data; the schema is `kvcalc.plan/1`."""
+        return {
+            "schema": SCHEMA,
+            "deployments": [one.to_dict() for one in self.deployments],
+            "left_out": [
+                {"gpus": one.gpus, "kv_dtypes": one.kv_dtypes, "reason": one.reason}
+                for one in self.left_out
+            ],
+            "without_known_memory": self.unknown,
+        }
+
+
 def plan(
     model: str,
     *,
@@ -80,47 +127,76 @@ def plan(
     prices: Path | None = None,
     revision: str | None = None,
     **point: Any,  # noqa: ANN401 - parameters of `fit`
-) -> list[Deployment]:
+) -> PlanReport:
     """For each GPU and KV dtype the fewest ranks that hold the requests, least memory first; where
     all of them have a price in one currency, lowest price first.
 
-    `gpus` are ids, YAML files or `auto`, none for all whose memory a driver has reported; up to
-    `max_gpus` of each are tried, as tensor-parallel ranks before pipeline stages. Raises what
-    `fit` raises for a model, an engine or a value that no deployment can take.
+    `gpus` are what `--gpu` takes, none for all whose memory a driver has reported; up to `max_gpus`
+    of each are tried, as tensor-parallel ranks before pipeline stages, and where the fewest are
+    stages, the fewest ranks alone, too, up to twice as many. What one GPU or dtype does not allow
+    to compute is left out; raises what `fit` raises for a question that none allows.
     """
     check_count(max_gpus, name="--max-gpus", most=MAX_GPUS)
+    for kv_dtype in kv_dtypes:
+        if kv_dtype.strip().lower() != "auto":
+            storage_format(kv_dtype)
     priced = read_prices(prices) if prices else {}
-    kinds = {name: _kind(name, max_gpus, priced) for name in gpus or gpu_ids()}
-    unknown = [kind.gpu.id for kind in kinds.values() if not kind.gpu.total_bytes]
+    kinds = {kind.key: kind for kind in (_kind(one, max_gpus, priced) for one in gpus or gpu_ids())}
+    unknown = tuple(kind.gpu.id for kind in kinds.values() if not kind.gpu.total_bytes)
     if gpus and unknown:
         msg = (
             f"no driver's figure of the memory of {', '.join(unknown)} is known; leave it out, or "
             "give a YAML with usable_bytes"
         )
         raise InputError(msg)
+    known = [kind for kind in kinds.values() if kind.gpu.total_bytes]
     search = _Search(api.read_model(model, revision=revision), point)
-    found: dict[tuple[str, str], Deployment] = {}
-    for kv_dtype in kv_dtypes:
-        for name, kind in kinds.items():
-            if (fit := search.fewest(kind, kv_dtype)) is not None:
-                found[name, fit.size.kv_dtype] = _deployment(kind, fit)
-    if not found and search.first is None:
-        raise search.refusals[0]
-    return _ordered(list(found.values()))
+    found: dict[tuple[str, str], list[Deployment]] = {}
+    for kv_dtype, kind in product(kv_dtypes, known):
+        if fits := search.fewest(kind, kv_dtype):
+            found[kind.key, fits[0].size.kv_dtype] = [_deployment(kind, fit) for fit in fits]
+    deployments = [one for of_a_kind in found.values() for one in of_a_kind]
+    unpriced = _unpriced(deployments, prices)
+    return PlanReport(
+        _ordered(
+            deployments, by_price=not unpriced and any(one.price_per_hour for one in deployments)
+        ),
+        search.left_out(known, kv_dtypes),
+        unknown,
+        unpriced,
+    )
 
 
-def _ordered(found: list[Deployment]) -> list[Deployment]:
+def _ordered(found: list[Deployment], *, by_price: bool) -> tuple[Deployment, ...]:
     found.sort(key=lambda one: (one.memory_bytes, one.num_gpus, one.gpu, one.kv_dtype))
-    prices = [one.price_per_hour for one in found if one.price_per_hour]
-    if len(prices) == len(found) and len({price.currency for price in prices}) == 1:
+    if by_price:
         found.sort(key=lambda one: one.price_per_hour.value if one.price_per_hour else 0)
-    return found
+    return tuple(found)
+
+
+def _unpriced(found: Sequence[Deployment], prices: Path | None) -> str:
+    """Why deployments are not ordered by price although there are prices."""
+    priced = [one.price_per_hour for one in found if one.price_per_hour]
+    if not found or not (priced or prices):
+        return ""
+    without = sorted({one.gpu for one in found if not one.price_per_hour})
+    if without:
+        said = _enumerated(without)
+        return f"{said} {'has' if len(without) == 1 else 'have'} no price"
+    currencies = sorted({price.currency for price in priced})
+    return f"prices in {' and '.join(currencies)}" if len(currencies) > 1 else ""
+
+
+def _enumerated(gpus: Sequence[str]) -> str:
+    """The GPUs by name where there are few of them."""
+    return ", ".join(gpus) if len(gpus) <= 4 else f"{len(gpus)} GPUs"
 
 
 class _Kind(NamedTuple):
-    """A GPU, how many of it may be taken, and the price of one."""
+    """A GPU, what tells it from others, how many of it may be taken, and the price of one."""
 
     gpu: Gpu
+    key: str
     most: int
     price: Price | None
 
@@ -132,9 +208,16 @@ class _Kind(NamedTuple):
 def _kind(given: str, most: int, priced: Mapping[str, Price]) -> _Kind:
     if given == AUTO:
         machine = this_machine()
-        return _Kind(machine.gpu, min(most, machine.num_gpus), priced.get(machine.gpu.id))
+        price = priced.get(machine.gpu.id)
+        return _Kind(machine.gpu, AUTO, min(most, machine.num_gpus), price)
     gpu = named_gpu(given)
-    return _Kind(gpu, most, priced.get(_price_key(given), gpu.price_per_hour))
+    key = _key(given, gpu)
+    return _Kind(gpu, key, most, priced.get(key, gpu.price_per_hour))
+
+
+def _key(said: str, gpu: Gpu) -> str:
+    """A GPU's id, or the resolved path of its file."""
+    return str(Path(said).expanduser().resolve()) if is_file(said) else gpu.id
 
 
 def _deployment(kind: _Kind, fit: FitReport) -> Deployment:
@@ -157,75 +240,134 @@ class _Search:
 
     def __init__(self, model: api.Model, point: Mapping[str, Any]) -> None:
         self.first: FitReport | None = None
-        self.refusals: list[UnsupportedError] = []
         self._model = model
         self._point = point
         self._heads = api.attention_heads(model)
-        self._refused: set[tuple[str, int, int]] = set()
-        self._least: dict[tuple[Any, ...], int] = {}
+        self._layers = len(model.architecture.layers)
+        self._least: dict[tuple[Any, ...], int | UnsupportedError] = {}
+        self._dtypes: set[str] = set()
+        self._answered: dict[tuple[str, str], int] = {}
+        self._refusals: dict[tuple[str, str], KvcalcError] = {}
 
-    def fewest(self, kind: _Kind, kv_dtype: str) -> FitReport | None:
-        """The report of the fewest GPUs that hold the requests, if any number does."""
-        for tp, pp in self._shapes(kind.most):
-            least = self._least_bytes(kind, kv_dtype, tp, pp)
-            if least is None or least > kind.total_bytes:
-                continue
+    def fewest(self, kind: _Kind, kv_dtype: str) -> list[FitReport]:
+        """The report of the fewest GPUs that hold the requests, if any number does; where these are
+        pipeline stages, also that of the fewest tensor-parallel ranks alone, up to twice as many.
+        """
+        fits = list(islice(self._fitting(kind, kv_dtype, self._shapes(kind.most)), 1))
+        if fits and fits[0].size.pp > 1:
+            fewest = fits[0].size.tp * fits[0].size.pp
+            more = range(fewest + 1, min(2 * fewest, kind.most) + 1)
+            alone = ((tp, 1) for tp in more if self._heads % tp == 0)
+            fits += islice(self._fitting(kind, kv_dtype, alone), 1)
+        if fits:
+            self._refusals.pop((kind.key, kv_dtype), None)
+        return fits
+
+    def _fitting(
+        self, kind: _Kind, kv_dtype: str, shapes: Iterable[tuple[int, int]]
+    ) -> Iterator[FitReport]:
+        """The reports of those shapes that hold the requests. What is refused is passed over."""
+        asked = kind.key, kv_dtype
+        for tp, pp in shapes:
             try:
+                if self._least_bytes(kind, kv_dtype, tp, pp) > kind.total_bytes:
+                    self._answer(asked, tp * pp)
+                    continue
                 fit = api.fit(
                     self._model, gpu=kind.gpu, kv_dtype=kv_dtype, tp=tp, pp=pp, **self._point
                 )
             except UnsupportedError as error:
-                self._refuse(error, kv_dtype, tp, pp)
+                self._refuse(asked, tp * pp, error)
                 continue
+            except InputError as error:
+                if type(error) is not InputError:  # of the model, the Hub, or what is installed
+                    raise
+                self._refuse(asked, tp * pp, error)
+                return
+            self._answer(asked, tp * pp)
+            self._dtypes.add(kv_dtype)
             self.first = self.first or fit
             if fit.fits:
-                return fit
-        return None
+                yield fit
+
+    def _answer(self, asked: tuple[str, str], num_gpus: int) -> None:
+        """So many could be computed: a refusal of fewer, or of another split, decides nothing."""
+        self._answered[asked] = num_gpus
+        self._refusals.pop(asked, None)
+
+    def _refuse(self, asked: tuple[str, str], num_gpus: int, error: KvcalcError) -> None:
+        if self._answered.get(asked) != num_gpus:
+            self._refusals.setdefault(asked, error)
 
     def _shapes(self, most: int) -> Iterator[tuple[int, int]]:
         """1, 2, … GPUs as tensor-parallel ranks × pipeline stages, most ranks first. Engines give
-        each rank whole query heads; which KV heads go with them is for the sizing to refuse.
+        each rank whole query heads, and each stage a layer; which KV heads go with them is for the
+        sizing to refuse.
         """
         for num_gpus in range(1, most + 1):
             for tp in range(num_gpus, 0, -1):
-                if num_gpus % tp == 0 and self._heads % tp == 0:
-                    yield tp, num_gpus // tp
+                pp = num_gpus // tp
+                if tp * pp == num_gpus and self._heads % tp == 0 and pp <= self._layers:
+                    yield tp, pp
 
-    def _least_bytes(self, kind: _Kind, kv_dtype: str, tp: int, pp: int) -> int | None:
+    def _least_bytes(self, kind: _Kind, kv_dtype: str, tp: int, pp: int) -> int:
         """A bound: an even part of the weights, and the cache unless they alone are too much.
-        None for a shape that is refused; nothing is known before the first report.
+        Nothing is known before the first report.
         """
-        if (kv_dtype, tp, pp) in self._refused:
-            return None
         if self.first is None:
             return 0
         weights = ceil_div(self.first.weights_bytes or 0, tp * pp)
         if weights > kind.total_bytes:
             return weights
-        engine = self.first.size.engine
-        defaults = engine_defaults(engine, kind.gpu)
+        defaults = engine_defaults(self.first.size.engine, kind.gpu)
         key = (kv_dtype, tp, pp, *defaults.values())
         if key not in self._least:
             try:
-                cache, _ = rank_bytes(
-                    self._model.architecture,
-                    kv_dtype=kv_dtype,
-                    engine=engine,
-                    tp=tp,
-                    pp=pp,
-                    options=defaults | (self._point.get("options") or {}),
-                )
+                self._least[key] = self._cache_bytes(self.first, kv_dtype, tp, pp, defaults)
             except UnsupportedError as error:
-                self._refuse(error, kv_dtype, tp, pp)
-                return None
-            requested = (self.first.size.seq_tokens, self.first.concurrency)
-            self._least[key] = weights + cache(*requested)
-        return self._least[key]
+                self._least[key] = error
+        least = self._least[key]
+        if isinstance(least, UnsupportedError):
+            raise least
+        return weights + least
 
-    def _refuse(self, error: UnsupportedError, kv_dtype: str, tp: int, pp: int) -> None:
-        """A refusal is about the shape, whatever the GPU."""
-        self.refusals.append(error)
-        self._refused.add((kv_dtype, tp, pp))
+    def _cache_bytes(
+        self, first: FitReport, kv_dtype: str, tp: int, pp: int, defaults: Mapping[str, Any]
+    ) -> int:
+        """What the requests take of each rank."""
+        cache, _ = rank_bytes(
+            self._model.architecture,
+            kv_dtype=kv_dtype,
+            engine=first.size.engine,
+            tp=tp,
+            pp=pp,
+            options={**defaults, **(self._point.get("options") or {})},
+        )
+        return cache(first.size.seq_tokens, first.concurrency)
+
+    def left_out(self, kinds: Sequence[_Kind], kv_dtypes: Sequence[str]) -> tuple[LeftOut, ...]:
+        """The GPUs and dtypes that were refused before any number of them did; raises the first
+        reason where nothing at all could be computed.
+        """
+        if self.first is None and self._refusals:
+            raise next(iter(self._refusals.values()))
+        ids = {kind.key: kind.gpu.id for kind in kinds}
+        reasons: dict[str, dict[tuple[str, str], None]] = {}
+        for asked, error in self._refusals.items():
+            reasons.setdefault(str(error), {})[asked] = None
+        left = []
+        for reason, refused in reasons.items():
+            gpus = tuple(dict.fromkeys(ids[key] for key, _ in refused))
+            dtypes = tuple(dict.fromkeys(kv_dtype for _, kv_dtype in refused))
+            said = [_enumerated(gpus)] if self._dtypes & {*dtypes} else []
+            if {*dtypes} != {*kv_dtypes}:
+                said.append(f"--kv-dtype {', '.join(dtypes)}")
+            left.append(LeftOut(gpus, dtypes, reason, " with ".join(said)))
+        return tuple(left)
+
+
+PRICES = "; such as currency: USD, per_gpu_hour: {h100-sxm-80gb: 2.49, ./mine.yaml: 0.80}"
+"""What a message on a file of prices ends in."""
 
 
 def read_prices(path: Path) -> dict[str, Price]:
@@ -238,26 +380,22 @@ def read_prices(path: Path) -> dict[str, Price]:
 
     A file's path counts from that of the prices. InputError with line and key for what is wrong.
     """
-    place, root = read(path)
-    at = record(place, root, ("currency", "per_gpu_hour"))
+    place, root = read(path, remedy=PRICES)
+    at = record(place, root, ("currency", "per_gpu_hour"), remedy=PRICES)
     currency = read_currency(*at["currency"])
     prices: dict[str, Price] = {}
-    for said, here, node in fields(*at["per_gpu_hour"]):
-        key = _price_key(said, path.parent)
+    for said, here, node in fields(*at["per_gpu_hour"], remedy=PRICES):
+        named = str(path.parent / Path(said).expanduser()) if is_file(said) else said
+        key = _key(named, _priced_gpu(here, named))
         if key in prices:
-            msg = f"the same file as above: {key}"
+            msg = f"the same GPU as above: {key}"
             raise here.wrong(msg)
-        _check_named(here, said, key)
         prices[key] = Price(read_amount(here, node), currency, source=here.file)
     return prices
 
 
-def _check_named(place: Place, said: str, key: str) -> None:
+def _priced_gpu(place: Place, named: str) -> Gpu:
     try:
-        named_gpu(key) if is_file(said) else load_gpu(said)
+        return named_gpu(named)
     except InputError as error:
         raise place.wrong(str(error)) from None
-
-
-def _price_key(said: str, folder: Path = Path()) -> str:
-    return str((folder / Path(said).expanduser()).resolve()) if is_file(said) else said

@@ -98,7 +98,7 @@ Node: TypeAlias = Scalar | List | Fields
 
 def read(path: Path, *, remedy: str = "") -> tuple[Place, Node]:
     """The root of a file; InputError with line and keys for what is no YAML that we take, and with
-    a `remedy` for a file that cannot be read.
+    a `remedy` for a file that cannot be read or is empty.
     """
     try:
         with path.open("rb") as file:
@@ -114,10 +114,10 @@ def read(path: Path, *, remedy: str = "") -> tuple[Place, Node]:
     except UnicodeDecodeError as error:
         msg = "not text in UTF-8"
         raise Place(str(path), raw.count(b"\n", 0, error.start) + 1).wrong(msg) from None
-    return parse(text, file=str(path))
+    return parse(text, file=str(path), remedy=remedy)
 
 
-def parse(text: str, *, file: str) -> tuple[Place, Node]:
+def parse(text: str, *, file: str, remedy: str = "") -> tuple[Place, Node]:
     """Like `read`, for a text."""
     import yaml
 
@@ -129,7 +129,7 @@ def parse(text: str, *, file: str) -> tuple[Place, Node]:
     except yaml.YAMLError as error:
         composer.refuse(error, text)
     if composer.root is None:
-        msg = "the file is empty"
+        msg = f"the file is empty{remedy}"
         raise Place(file, 1).wrong(msg)
     return Place(file, composer.root.line), composer.root
 
@@ -287,39 +287,48 @@ class _Open:
 
 
 def fields(
-    place: Place, node: Node, known: Mapping[str, Any] | None = None
+    place: Place, node: Node, known: Mapping[str, Any] | None = None, *, remedy: str = ""
 ) -> Iterator[tuple[str, Place, Node]]:
-    """Every key with its place and value; with `known`, InputError for any other key."""
+    """Every key with its place and value; with `known`, InputError for any other key, which ends in
+    the `remedy`.
+    """
     if not isinstance(node, Fields):
-        msg = f"must be keys and values, not {kind_of(node)}"
+        msg = f"must be keys and values, not {kind_of(node)}{remedy}"
         raise place.wrong(msg)
     for key, (line, value) in node.all.items():
         if known is not None and key not in known:
-            msg = f"unknown key {shown(key)}{did_you_mean(key, known)}"
+            msg = f"unknown key {shown(key)}{did_you_mean(key, known, remedy)}"
             raise Place(place.file, line, place.path).wrong(msg)
         yield key, place.below(key, line), value
 
 
 def record(
-    place: Place, node: Node, keys: Sequence[str], optional: Sequence[str] = ()
+    place: Place,
+    node: Node,
+    keys: Sequence[str],
+    optional: Sequence[str] = (),
+    *,
+    remedy: str = "",
 ) -> dict[str, tuple[Place, Node]]:
     """Each key's place and value, of keys and values that have all of `keys`, perhaps those that
-    are `optional`, and no other.
+    are `optional`, and no other; an InputError ends in the `remedy`.
     """
     known = dict.fromkeys((*keys, *optional))
-    found = {key: (at, value) for key, at, value in fields(place, node, known)}
+    found = {key: (at, value) for key, at, value in fields(place, node, known, remedy=remedy)}
     if missing := [repr(key) for key in keys if key not in found]:
-        msg = f"missing key{'s' * (len(missing) > 1)} {', '.join(missing)}"
+        msg = f"missing key{'s' * (len(missing) > 1)} {', '.join(missing)}{remedy}"
         raise place.wrong(msg)
     return found
 
 
-def did_you_mean(word: str, known: Mapping[str, Any]) -> str:
-    """`; did you mean gpu?`, or all that there is."""
+def did_you_mean(word: str, known: Mapping[str, Any], remedy: str = "") -> str:
+    """`; did you mean gpu?`, or all that there is; with a `remedy`, that instead."""
     import difflib
 
     near = [one for one in known if one.startswith(word)]
     near += difflib.get_close_matches(word[:60], known, n=1)
+    if remedy:
+        return f" (perhaps {near[0]}){remedy}" if near else remedy
     return f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"
 
 

@@ -152,10 +152,10 @@ def test_a_plan_takes_no_more_than_there_is(nvml):
     """Of this machine's GPUs not more are planned with than NVML sees."""
     nvml(*[{}] * 2)
     point = {"seq": "8k", "reserve": "2GiB", "gpus": ["auto"], "kv_dtypes": ["bf16"]}
-    (found,) = plan(MODEL, concurrency=100, **point)
+    (found,) = plan(MODEL, concurrency=100, **point).deployments
     assert (found.gpu, found.num_gpus) == ("h100-sxm-80gb", 2)
     assert found.memory_bytes == 2 * (TOTAL - RESERVED)
-    assert plan(MODEL, concurrency=200, **point) == []
+    assert plan(MODEL, concurrency=200, **point).deployments == ()
 
 
 @pytest.mark.parametrize("gpu", [5, b"auto", ["auto"]])

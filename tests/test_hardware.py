@@ -3,7 +3,7 @@ from decimal import Decimal
 
 import pytest
 
-from kvcalc import hardware
+from kvcalc import hardware, strict_yaml
 from kvcalc.errors import ConfigError, InputError
 
 GIB = 2**30
@@ -44,8 +44,19 @@ def read(folder, text):
 
 @pytest.mark.parametrize("gpu_id", hardware.gpu_ids())
 def test_every_file_loads_and_every_figure_says_where_it_stands(gpu_id):
-    """Each file is read strictly; a figure has a source anyone can open, and a day."""
+    """Each file is complete and is read strictly; a figure has a source anyone can open, and a day.
+    Only what CUDA tells may be left out, and there are neither own ids nor prices.
+    """
     gpu = hardware.load_gpu(gpu_id)
+    path = hardware.profiles_folder() / "gpus" / f"{gpu_id}.yaml"
+    at = strict_yaml.record(
+        *strict_yaml.read(path),
+        [key for key in hardware.Gpu._fields[1:] if key not in {"cuda_bytes", "price_per_hour"}],
+        optional=["cuda_bytes"],
+    )
+    for name in figures(gpu):
+        figure = strict_yaml.record(*at[name], hardware.Figure._fields)
+        assert strict_yaml.text(*figure["value"]).isdecimal()
     assert gpu.id == gpu_id == gpu_id.lower()
     assert gpu.vendor in {"nvidia", "amd", "intel", "google", "aws", "apple"}
     known = figures(gpu)
@@ -198,7 +209,7 @@ def test_a_name_in_two_files_is_refused(tmp_path, monkeypatch):
     (tmp_path / "gpus").mkdir()
     (tmp_path / "gpus" / "one.yaml").write_text(GOOD, "utf-8")
     (tmp_path / "gpus" / "two.yaml").write_text(GOOD, "utf-8")
-    caches = (hardware.gpu_ids, hardware.load_gpu, hardware._ids_by_name)
+    caches = (hardware.gpu_ids, hardware.load_gpu, hardware._ids_by_name, hardware._words_by_id)
     monkeypatch.setattr(hardware, "profiles_folder", lambda: tmp_path)
     try:
         for cached in caches:
@@ -210,26 +221,85 @@ def test_a_name_in_two_files_is_refused(tmp_path, monkeypatch):
             cached.cache_clear()
 
 
+def test_every_id_and_name_finds_its_gpu():
+    """Ids, names and other names are taken in any case, with or without spaces, dashes and the
+    maker's name.
+    """
+    for gpu in map(hardware.load_gpu, hardware.gpu_ids()):
+        for name in (gpu.id, gpu.name, *gpu.also):
+            for said in (name, name.upper(), name.replace("-", " "), f" {name.replace(' ', '_')} "):
+                assert hardware.named_gpu(said) == gpu, said
+
+
 @pytest.mark.parametrize(
-    ("gpu_id", "suggestion"),
+    ("said", "gpu_id"),
     [
-        ("h100", "h100-nvl-94gb, h100-pcie-80gb, h100-sxm-80gb"),
-        ("H100-SXM-80GB", "h100-sxm-80gb"),
+        ("RTX-4090", "rtx-4090"),
         ("rtx4090", "rtx-4090"),
-        ("zzz", "choose an id such as"),
-        ("../class_defaults", "unknown GPU"),
-        ("", "unknown GPU"),
-        ("h" * 100, "unknown GPU"),
+        ("4090", "rtx-4090"),
+        ("4070 super", "rtx-4070-super"),
+        ("RTX 5060 Ti", "rtx-5060-ti-16gb"),
+        ("h100-sxm", "h100-sxm-80gb"),
+        ("H100SXM", "h100-sxm-80gb"),
+        ("NVIDIA H100 80GB HBM3", "h100-sxm-80gb"),
+        ("H200", "h200-sxm-141gb"),
+        ("nvidia l4", "l4"),
+        ("L40S", "l40s"),
+        ("DGX Spark", "gb10-dgx-spark"),
+        ("MI300X", "mi300x"),
     ],
 )
-def test_an_unknown_id_gets_the_nearest_ones(gpu_id, suggestion):
-    """An id that is none is an input error of one short line that suggests what was meant."""
-    with pytest.raises(InputError) as caught:
-        hardware.load_gpu(gpu_id)
+def test_what_users_call_a_gpu_finds_it(said, gpu_id):
+    """Brands may be left out; a part of a name will do where one GPU alone has it."""
+    assert hardware.named_gpu(said).id == gpu_id
+
+
+@pytest.mark.parametrize(
+    ("said", "ids"),
+    [
+        ("h100", "h100-nvl-94gb, h100-pcie-80gb or h100-sxm-80gb"),
+        ("H100 80GB", "h100-pcie-80gb or h100-sxm-80gb"),
+        ("A100-SXM", "a100-sxm-40gb or a100-sxm-80gb"),
+        ("RTX 4060 Ti", "rtx-4060-ti-16gb or rtx-4060-ti-8gb"),
+        ("RTX PRO 6000", "rtx-pro-6000-blackwell or rtx-pro-6000-blackwell-server"),
+    ],
+)
+def test_a_name_of_several_lists_exactly_those(said, ids):
+    """Nothing is guessed: the message names them all and no other."""
+    with pytest.raises(InputError, match="no single one") as caught:
+        hardware.named_gpu(said)
+    assert str(caught.value) == f"GPU {said!r} is no single one; did you mean {ids}?"
+
+
+@pytest.mark.parametrize(
+    ("said", "suggestion"),
+    [
+        ("rtx4091", "; did you mean rtx-4090?"),
+        ("rtx4060ti", "; did you mean rtx-4060-ti-16gb or rtx-4060-ti-8gb?"),
+        ("mi300", "; did you mean mi300x?"),
+        ("a100-sxm-64gb", "; did you mean a100-sxm-40gb or a100-sxm-80gb?"),
+        ("NVIDIA GeForce RTX 4090 D", "; did you mean rtx-4090?"),
+        ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", "; did you mean a100-sxm-80gb?"),
+        ("zzz", "; choose an id such as"),
+        ("h900-80gb", "; choose an id such as"),
+        ("../class_defaults", "; choose an id such as"),
+        ("rtx", "; choose an id such as"),
+        ("", "; choose an id such as"),
+        ("h" * 100, "; choose an id such as"),
+    ],
+)
+def test_an_unknown_name_gets_the_nearest_ones(said, suggestion):
+    """A name that is none is an input error of one short line that suggests what was meant, and
+    nothing that has only a size of memory in common.
+    """
+    with pytest.raises(InputError, match="unknown GPU") as caught:
+        hardware.named_gpu(said)
     message = str(caught.value)
     assert suggestion in message
     assert "\n" not in message
     assert len(message) < 250
+    with pytest.raises(InputError, match="unknown GPU"):
+        hardware.load_gpu(said)
 
 
 def test_a_good_file_is_read(tmp_path):
@@ -244,19 +314,20 @@ def test_a_good_file_is_read(tmp_path):
     ("old", "new", "line", "complaint"),
     [
         ("notes: null", "notes: null\ncolour: red", 18, "unknown key 'colour'"),
-        ("notes: null", "", 1, "missing key 'notes'"),
-        ("pcie_bytes_per_second: null\npower_watts: null\n", "", 1, "keys 'pcie_.*', 'power_w"),
-        ("notes: null", "notes: null\nvendor: amd", 18, "duplicate key 'vendor'.* line 3"),
-        (", date: 2026-11-25}\nus", "}\nus", 6, "memory_bytes: missing key 'date'"),
         (
-            'source: "https://example.org", date: 2026-11-25}\nus',
-            "date: 2026-11-25}\nus",
-            6,
-            "memory_bytes: missing key 'source'",
+            "notes: null",
+            "memory: 48GB",
+            17,
+            r"'memory' \(perhaps memory_bytes\); a GPU needs a name",
         ),
+        ("name: NVIDIA Test 1\n", "", 1, "missing key 'name'; a GPU needs a name, and cuda_bytes"),
+        ("notes: null", "id: my gpu!", 17, "id: must be a name such as my-gpu, not 'my gpu!'"),
+        ('"9.0"', "Hopper", 5, "compute_capability: must be a compute capability such as 8.9"),
+        ("notes: null", "notes: null\nvendor: amd", 18, "duplicate key 'vendor'.* line 3"),
+        ("value: 85899345920, ", "", 6, "memory_bytes: missing key 'value'"),
         ("{value: 85899345920", "{value: 1, value: 85899345920", 6, "memory_bytes: duplicate key"),
         ("{value: 85899345920", "{unit: B, value: 1", 6, "memory_bytes: unknown key 'unit'"),
-        ("3350000000000", "3.35e12", 8, "bandwidth_bytes_per_second.value: must be a positive wh"),
+        ("3350000000000", "3.35e12", 8, "bandwidth_bytes_per_second.value: must be a number of b"),
         ("3350000000000", "3.35e+12", 8, r"not '3.35e\+12'"),
         ("85899345920", "1:30", 6, "memory_bytes.value: .*'1:30'"),
         ("85899345920", "0x10", 6, "memory_bytes.value: .*'0x10'"),
@@ -267,7 +338,32 @@ def test_a_good_file_is_read(tmp_path):
         ("85899345920", "null", 6, "memory_bytes.value: .*not empty"),
         ("85899345920", "[1]", 6, "memory_bytes.value: .*not a list"),
         ("85899345920", "9" * 30, 6, "memory_bytes.value: must be"),
-        ("usable_bytes: null", "usable_bytes: 5", 7, "usable_bytes: must be keys and values, not"),
+        (
+            "usable_bytes: null",
+            "usable_bytes: 48",
+            7,
+            "usable_bytes: '48' is less than 1 GiB: must b",
+        ),
+        (
+            "usable_bytes: null",
+            "usable_bytes: 0GiB",
+            7,
+            "usable_bytes: must be a number of bytes suc",
+        ),
+        ("usable_bytes: null", "usable_bytes: 48GiB/s", 7, "not '48GiB/s'"),
+        (
+            "usable_bytes: null",
+            "usable_bytes: 48 gigs",
+            7,
+            "such as 47.5GiB or 51002736640, not '48",
+        ),
+        ("usable_bytes: null", "usable_bytes: [1]", 7, "usable_bytes: must be .*, not a list"),
+        (
+            "power_watts: null",
+            "power_watts: 700W",
+            16,
+            "power_watts: must be a positive whole number",
+        ),
         ("vendor: nvidia", "vendor: ' '", 3, "vendor: must be text"),
         ("name: NVIDIA Test 1", "name: null", 1, "name: must be text"),
         ("also: [test-1]", "also: {a: 1}", 2, "also: must be a list"),
@@ -312,6 +408,31 @@ def test_what_yaml_would_turn_into_something_else_stays_as_written(tmp_path):
     """`9.0` is a capability, not a float, and `no` is text."""
     text = GOOD.replace('"9.0"', "9.0").replace("vendor: nvidia", "vendor: no")
     assert read(tmp_path, text)[3:6] == ("no", None, "9.0")
+
+
+def test_a_users_file_needs_a_name_and_a_drivers_figure(tmp_path):
+    """Two lines will do; what is left out is unknown, and a plain figure has the file as its source
+    and the day of it.
+    """
+    path = tmp_path / "mine.yaml"
+    path.write_text("name: My GPU\ncuda_bytes: 47.5GiB\n", "utf-8")
+    gpu = hardware.named_gpu(str(path))
+    today = datetime.datetime.fromtimestamp(path.stat().st_mtime, tz=datetime.UTC).date()
+    assert gpu.total_bytes == (47 * GIB + GIB // 2, str(path), today)
+    assert (gpu.id, gpu.vendor, gpu.also) == ("mine", "nvidia", ())
+    assert set(figures(gpu)) == {"cuda_bytes"}
+    text = "name: AMD Thing\nusable_bytes: {value: 48GB}\nid: thing\n"
+    path.write_text(
+        text + "bandwidth_bytes_per_second: 864GB/s\nbf16_flops: 181000000000000", "utf-8"
+    )
+    gpu = hardware.named_gpu(str(path))
+    assert gpu.total_bytes == (48 * 10**9, str(path), today)
+    assert (gpu.id, gpu.vendor) == ("thing", "amd")
+    assert gpu.bandwidth_bytes_per_second.value == 864 * 10**9
+    assert gpu.bf16_flops.value == 181 * 10**12
+    path.write_text("name: My GPU\nmemory_bytes: 48GiB\nusable_bytes: null\n", "utf-8")
+    with pytest.raises(InputError, match=r"mine\.yaml:1: neither cuda_bytes nor usable_bytes; a G"):
+        hardware.named_gpu(str(path))
 
 
 def test_a_users_file_may_have_a_price(tmp_path):

@@ -5,14 +5,19 @@ import json
 import pytest
 
 import kvcalc
-from kvcalc import cli
+from kvcalc import api, cli, planning
 from kvcalc.errors import InputError, UnsupportedError
 from kvcalc.hardware import gpu_ids, load_gpu, profiles_folder
-from kvcalc.planning import plan, read_prices
+from kvcalc.planning import read_prices
 
 MODEL = "meta-llama/Llama-3-8B"
 POINT = {"seq": "8k", "concurrency": 20}
 LARGE = "meta-llama/Llama-3-70B"
+
+
+def plan(model, **point):
+    """The deployments of a plan."""
+    return list(planning.plan(model, **point).deployments)
 
 
 def fewest(model, gpu, most, **point):
@@ -31,12 +36,24 @@ def fewest(model, gpu, most, **point):
 
 def test_the_fewest_ranks_that_fit_are_named():
     """Each deployment is the first that fits when all are tried in turn, and none that fits is
-    left out; the least memory comes first.
+    left out; the least memory comes first. Beside stages stand the fewest ranks alone, if no more
+    than twice as many.
     """
     point = {"seq": "8k", "concurrency": 16, "reserve": "2GiB"}
     found = plan(LARGE, kv_dtypes=("auto",), **point)
-    named = {one.gpu: (one.tp, one.pp) for one in found}
-    assert len(found) == len(named) > 10
+    named = {one.gpu: (one.tp, one.pp) for one in reversed(found)}
+    assert len(found) > len(named) > 10
+    beside = {one.gpu: one.tp for one in found if (one.tp, one.pp) != named[one.gpu]}
+    assert len(beside) == len(found) - len(named)
+    for gpu, (tp, pp) in named.items():
+        alone = [
+            one
+            for one in (2, 4, 8)
+            if tp * pp < one <= 2 * tp * pp
+            and pp > 1
+            and kvcalc.fit(LARGE, gpu=gpu, tp=one, **point).fits
+        ]
+        assert beside.get(gpu) == next(iter(alone), None), gpu
     for gpu in gpu_ids():
         expected = None
         if load_gpu(gpu).total_bytes:
@@ -51,7 +68,7 @@ def test_the_fewest_ranks_that_fit_are_named():
 
 def test_pipeline_stages_fill_in_where_ranks_do_not_divide():
     """Three GPUs are three stages, six are two ranks in three stages: 8 KV heads go into 1, 2, 4
-    or 8.
+    or 8. The ranks alone that do it stand beside.
     """
     point = {"gpus": ["h100-sxm-80gb"], "kv_dtypes": ["auto"], "seq": "8k", "reserve": "2GiB"}
     shapes = [
@@ -59,7 +76,7 @@ def test_pipeline_stages_fill_in_where_ranks_do_not_divide():
         for concurrency in (1, 10, 40, 90)
         for one in plan(LARGE, concurrency=concurrency, **point)
     ]
-    assert shapes == [(2, 1), (1, 3), (4, 1), (2, 3)]
+    assert shapes == [(2, 1), (1, 3), (4, 1), (4, 1), (2, 3), (8, 1)]
 
 
 def test_each_rank_has_whole_query_heads():
@@ -73,7 +90,7 @@ def test_more_gpus_are_tried_on_demand():
     """What eight GPUs do not hold, up to 64 may."""
     point = {"gpus": ["l4"], "kv_dtypes": ["fp8"], "seq": "8k", "reserve": "2GiB"}
     assert plan(LARGE, concurrency=32, **point) == []
-    (found,) = plan(LARGE, concurrency=32, max_gpus=64, **point)
+    found, *_ = plan(LARGE, concurrency=32, max_gpus=64, **point)
     assert 8 < found.num_gpus <= 64
     fewer = fewest(
         LARGE,
@@ -90,8 +107,6 @@ def test_few_reports_are_worked_out_in_full(monkeypatch):
     """What cannot hold weights and cache is passed over: less than two fits for each deployment
     there is.
     """
-    from kvcalc import api
-
     calls = []
     fit = api.fit
 
@@ -136,6 +151,7 @@ def test_a_plan_is_printed_and_is_data(capsys, monkeypatch):
     assert all(one["fit"]["fits"] for one in data["deployments"])
     assert all(one["num_gpus"] == one["tp"] * one["pp"] for one in data["deployments"])
     assert all(one["price_per_hour"] is None for one in data["deployments"])
+    assert data["left_out"] == data["without_known_memory"] == []
 
 
 PRICES = """\
@@ -178,6 +194,10 @@ def test_prices_order_the_deployments_when_all_have_one(priced):
     memory = [line.split()[2] for line in partly[3:5]]
     assert memory == ["rtx-4090", "h100-sxm-80gb"]
     assert "       -  " in partly[4]
+    assert partly[-1] == "h100-sxm-80gb has no price: ordered by memory"
+    none = priced("currency: USD\nper_gpu_hour: {}\n")
+    assert none[-1] == "h100-sxm-80gb, rtx-4090 have no price: ordered by memory"
+    assert "no price" not in " ".join(lines + dear)
 
 
 def test_a_price_in_a_gpus_own_file_counts(priced, tmp_path):
@@ -190,6 +210,7 @@ def test_a_price_in_a_gpus_own_file_counts(priced, tmp_path):
     lines = priced(PRICES, f"rtx-4090,{own}")
     assert [line.split()[2] for line in lines[3:5]] == ["rtx-4090", "mine"]
     assert "9.00 EUR" in lines[4]
+    assert lines[-1] == "prices in EUR and USD: ordered by memory"
     assert str(own) in " ".join(lines)
     (shown,) = json.loads("".join(priced(PRICES + "  mine.yaml: 1.5\n", str(own), "--json")))[
         "deployments"
@@ -205,7 +226,9 @@ def test_a_price_in_a_gpus_own_file_counts(priced, tmp_path):
 @pytest.mark.parametrize(
     ("old", "new", "line", "reason"),
     [
-        ("rtx-4090", "rtx4090", 4, "unknown GPU 'rtx4090'; did you mean rtx-4090"),
+        ("rtx-4090", "rtx4091", 4, "unknown GPU 'rtx4091'; did you mean rtx-4090"),
+        ("rtx-4090", "h100", 4, "did you mean h100-nvl-94gb, h100-pcie-80gb or h100-sxm-80gb"),
+        ("rtx-4090", "H100 SXM", 4, "the same GPU as above: h100-sxm-80gb"),
         ("rtx-4090", "./none.yaml", 4, "cannot read "),
         ("0.40", "-1", 4, "per_gpu_hour.rtx-4090: must be a price such as 2.49, not '-1'"),
         ("0.40", ".nan", 4, "not '.nan'"),
@@ -219,12 +242,28 @@ def test_a_price_in_a_gpus_own_file_counts(priced, tmp_path):
         ("0.40", "1234567", 4, "not '1234567'"),
         ("rtx-4090: 0.40", "h100-sxm-80gb: 1", 4, "duplicate key 'h100-sxm-80gb'; it stands in li"),
         ("USD", "dollars", 1, "currency: must be a currency such as USD, not 'dollars'"),
-        ("currency: USD\n", "", 1, "missing key 'currency'"),
+        (
+            "currency: USD\n",
+            "",
+            1,
+            "missing key 'currency'; such as currency: USD, per_gpu_hour: {h",
+        ),
         ("currency: USD\n", "currency: USD\ncurrency: EUR\n", 2, "duplicate key 'currency'"),
-        ("currency: USD\n", "currency: USD\nper_hour: 1\n", 2, "unknown key 'per_hour'"),
+        (
+            "currency: USD\n",
+            "currency: USD\nper_hour: 1\n",
+            2,
+            "unknown key 'per_hour' (perhaps per",
+        ),
         ("per_gpu_hour:", "per_gpu_hour: 5\nx:", 3, "unknown key 'x'"),
-        (PRICES, "", 1, "the file is empty"),
-        (PRICES, "5", 1, "must be keys and values, not '5'"),
+        (PRICES, "", 1, "the file is empty; such as currency: USD, per_gpu_hour: {h"),
+        (PRICES, "5", 1, "must be keys and values, not '5'; such as currency: USD, per_"),
+        (
+            PRICES,
+            "- h100: 1",
+            1,
+            "must be keys and values, not a list; such as currency: USD, per_",
+        ),
     ],
 )
 def test_wrong_prices_are_told_with_line_and_key(old, new, line, reason, tmp_path, capsys):
@@ -246,8 +285,93 @@ def test_a_file_that_is_priced_twice_is_refused(tmp_path):
     )
     path = tmp_path / "prices.yaml"
     path.write_text("currency: USD\nper_gpu_hour: {my.yaml: 1, ./my.yaml: 2}", "utf-8")
-    with pytest.raises(InputError, match=r"prices\.yaml:2: .*the same file as above"):
+    with pytest.raises(InputError, match=r"prices\.yaml:2: .*the same GPU as above"):
         read_prices(path)
+
+
+@pytest.fixture
+def unsure(monkeypatch):
+    """Make `fit` refuse where a function of GPU, tp and pp returns a text."""
+
+    def make(refuses, error=InputError):
+        fit = api.fit
+
+        def refusing(*model, **point):
+            if reason := refuses(point["gpu"].id, point["tp"], point["pp"]):
+                raise error(reason)
+            return fit(*model, **point)
+
+        monkeypatch.setattr(api, "fit", refusing)
+
+    return make
+
+
+@pytest.mark.parametrize("error", [InputError, UnsupportedError])
+def test_a_gpu_that_cannot_be_computed_is_left_out_and_told(unsure, error, capsys):
+    """The others are planned with; where it is so of all, the reason is the answer."""
+    unsure(lambda gpu, _tp, _pp: "its share depends" if gpu in {"a10", "l40"} else "", error)
+    arguments = ["plan", MODEL, "--seq", "8k", "--reserve", "2GiB", "--gpu"]
+    assert cli.run([*arguments, "a10,l40,l40s"]) == 0
+    shown = capsys.readouterr().out
+    assert "\n1 × l40s " in shown
+    assert shown.endswith("\nleft out: a10, l40: its share depends\n")
+    assert cli.run([*arguments, "a10,l40,l40s", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["left_out"] == [
+        {"gpus": ["a10", "l40"], "kv_dtypes": ["auto", "fp8"], "reason": "its share depends"}
+    ]
+    assert cli.run([*arguments, "a10,l40"]) == error.exit_code
+    assert capsys.readouterr().err == "kvcalc: its share depends\n"
+
+
+def test_a_number_of_gpus_that_cannot_be_computed_is_told_where_none_does(unsure, capsys):
+    """A GPU that is too small alone, and not computed in numbers, is left out with the reason; a
+    split that is refused beside one that is computed is no loss.
+    """
+    unsure(lambda _gpu, tp, pp: f"none of {tp} × {pp}" if tp * pp > 1 else "", UnsupportedError)
+    arguments = ["plan", MODEL, "--seq", "8k", "--reserve", "2GiB", "--kv-dtype", "auto", "--gpu"]
+    assert cli.run([*arguments, "t4,l40s"]) == 0
+    assert capsys.readouterr().out.endswith("\nleft out: t4: none of 2 × 1\n")
+    unsure(lambda _gpu, tp, _pp: "ranks" if tp > 1 else "", UnsupportedError)
+    assert cli.run([*arguments, "t4"]) == 1
+    assert "ranks" in capsys.readouterr().err
+
+
+def test_a_dtype_that_an_engine_does_not_keep_is_told(capsys):
+    """llama.cpp has no fp8: the plan is one of the other dtype."""
+    arguments = ["plan", MODEL, "--seq", "8k", "--engine", "llama.cpp", "--gpu", "l40s,t4"]
+    assert cli.run(arguments) == 0
+    assert "\nleft out: --kv-dtype fp8: llama.cpp keeps a cache in " in capsys.readouterr().out
+
+
+def test_no_more_stages_than_layers_are_tried():
+    """A model of 32 layers is not split into more of them, whatever `max_gpus` allows."""
+    point = {"seq": "8k", "gpus": ["rtx-4090"], "reserve": "2GiB", "max_gpus": 64}
+    assert planning.plan(MODEL, concurrency=10_000, **point) == ((), (), (), "")
+    shapes = planning._Search(api.read_model(MODEL), {})._shapes(64)
+    assert {pp for _, pp in shapes} == {*range(1, 33)}
+
+
+def test_gpus_without_a_drivers_figure_are_counted(capsys):
+    """A plan over all GPUs says how many are not in it; stages are explained where there are
+    some.
+    """
+    without = [gpu for gpu in gpu_ids() if not load_gpu(gpu).total_bytes]
+    arguments = ["plan", LARGE, "--seq", "8k", "--reserve", "2GiB", "--concurrency", "16"]
+    assert cli.run([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["without_known_memory"] == without
+    assert cli.run(arguments) == 0
+    shown = capsys.readouterr().out
+    told = f"\n{len(without)} GPUs left out: no driver's figure of their memory\n"
+    assert shown.endswith(told)
+    assert "\nTP×PP: each layer is split over TP GPUs, " in shown
+    assert cli.run([*arguments, "--gpu", "b200", "--kv-dtype", "auto"]) == 0
+    assert "TP×PP:" not in capsys.readouterr().out
+
+
+def test_a_gpu_goes_by_any_name_that_means_it_alone(capsys):
+    """Two names of one GPU are one row."""
+    found = plan(MODEL, gpus=["H100 SXM", "h100-sxm-80gb"], kv_dtypes=["auto"], **POINT)
+    assert [one.gpu for one in found] == ["h100-sxm-80gb"]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +382,10 @@ def test_a_file_that_is_priced_twice_is_refused(tmp_path):
         ([MODEL, "--gpu", "t5"], 2, "unknown GPU"),
         ([MODEL, "--gpu", "none.yaml"], 2, "cannot read none.yaml"),
         ([MODEL, "--gpu", "l4,apple-m1"], 2, "memory of apple-m1 is known; leave it"),
-        ([MODEL, "--engine", "sglang"], 2, "mem_fraction_static"),
+        ([MODEL, "--kv-dtype", "auto,fp9"], 2, "unknown dtype 'fp9'"),
+        ([MODEL, "--seq", "many"], 2, "--seq 'many'"),
+        ([MODEL, "--option", "x=1"], 2, "no option 'x'"),
+        ([MODEL, "--gpu", "h100"], 2, "h100-nvl-94gb, h100-pcie-80gb or h100-sxm-80gb"),
         ([MODEL, "--share", "2"], 2, "--share"),
         ([MODEL, "--max-gpus", "0"], 2, "--max-gpus must be at least 1"),
         ([MODEL, "--max-gpus", "65"], 2, "--max-gpus must be at most 64"),

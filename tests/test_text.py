@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvcalc import api, cli
+from kvcalc.hardware import gpu_ids, load_gpu, named_gpu, read_gpu
 from kvcalc.measure.row import mark_front
 from kvcalc.render import measured
 from kvcalc.strategies import dynamic, strategy_names
@@ -383,14 +384,51 @@ def test_accelerators_are_listed(screen):
     assert (
         screen("gpus", "hopper", "h100")
         == """\
-GPU             Architecture      Memory      Usable   GB/s  BF16 TFLOPS    W
-h100-nvl-94gb   Hopper        94.000 GiB  93.584 GiB  3,940        835.0  400
-h100-pcie-80gb  Hopper        80.000 GiB  79.647 GiB  2,000        756.5  350
-h100-sxm-80gb   Hopper        80.000 GiB  79.647 GiB  3,350        989.4  700
+GPU             Architecture  GiB  Usable   GB/s   BF16    W
+h100-nvl-94gb   Hopper         94   93.58  3,940    835  400
+h100-pcie-80gb  Hopper         80   79.65  2,000  756.5  350
+h100-sxm-80gb   Hopper         80   79.19  3,350  989.4  700
 
+GiB: nominal; Usable: what a driver tells, from which fit and plan start; BF16:
+dense TFLOPS
 3 accelerators matching 'hopper h100'; --json gives each figure's source and date"""
     )
     assert "0 accelerators" in screen("gpus", "abacus")
+
+
+def test_what_a_driver_tells_of_an_accelerator_is_shown_or_marked(screen):
+    """The list shows the memory that `fit` starts from, whoever told it, has a dash where nobody
+    did, and takes 80 columns.
+    """
+    lines = screen("gpus").splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = {line.split()[0]: line for line in lines[1:102]}
+    assert list(shown) == list(gpu_ids())
+    for gpu in map(load_gpu, gpu_ids()):
+        figure = gpu.total_bytes
+        assert (f"  {figure.value / 2**30:.2f}  " if figure else "   -  ") in shown[gpu.id]
+    assert "(-: not" in lines[103]
+    assert " 44.40 " in shown["l40"]
+
+
+def test_the_file_of_an_accelerator_is_printed_to_start_from(screen, capsys, tmp_path):
+    """`--yaml` prints a file that reads as the same GPU once it says what a driver tells, and is
+    of one GPU.
+    """
+    for gpu in map(load_gpu, gpu_ids()):
+        text = screen("gpus", gpu.id, "--yaml")
+        path = tmp_path / f"{gpu.id}.yaml"
+        path.write_text(text, "utf-8")
+        if gpu.total_bytes:
+            assert named_gpu(str(path)) == gpu
+        else:
+            assert "\n# No driver's figure is known here: give usable_bytes or cuda_bytes\n" in text
+            assert read_gpu(path) == gpu
+    assert screen("gpus", "H100", "sxm", "--yaml") == screen("gpus", "h100-sxm-80gb", "--yaml")
+    assert cli.run(["gpus", "h100", "--yaml"]) == 2
+    assert "did you mean h100-nvl-94gb, h100-pcie-80gb or h100-sxm-80gb" in capsys.readouterr().err
+    assert cli.run(["gpus", "--yaml"]) == 2
+    assert "prints one GPU: kvcalc gpus l40s --yaml" in capsys.readouterr().err
 
 
 def test_accelerators_as_data(capsys):

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvcalc.fitting import FitReport
-from kvcalc.planning import Deployment
+from kvcalc.planning import PlanReport
 from kvcalc.sizing import SizeReport
 from kvcalc.units import GIB, format_bytes
 
@@ -259,9 +259,16 @@ def _between(bounds: tuple[int, int]) -> str:
     return "" if least == most else f" ({least:,} to {most:,})"
 
 
-def print_plan(deployments: Sequence[Deployment]) -> None:
+STAGES = (
+    "TP×PP: each layer is split over TP GPUs, the layers over PP stages that a token passes one "
+    "after the other; where up to twice the GPUs do without stages, they are listed, too"
+)
+
+
+def print_plan(report: PlanReport) -> None:
     """One line for each, in their order; prices take the place of the headroom."""
     out = console()
+    deployments = report.deployments
     size = deployments[0].fit.size
     title = Text(size.origin.resolved, style="bold")
     title.append(
@@ -290,6 +297,8 @@ def print_plan(deployments: Sequence[Deployment]) -> None:
     if not all(one.fit.sure for one in deployments):
         told += "; ?: not with all estimates at their most"
     print_folded(out, "", told, "dim")
+    if any(one.pp > 1 for one in deployments):
+        print_folded(out, "", STAGES, "dim")
     terms: dict[str, dict[str, None]] = {}
     for one in deployments:
         for term in one.fit.budget:
@@ -300,6 +309,8 @@ def print_plan(deployments: Sequence[Deployment]) -> None:
     if priced:
         sources = {one.price_per_hour.source: None for one in deployments if one.price_per_hour}
         print_folded(out, "", f"prices are yours: {', '.join(sources)}", "dim")
+    for remark in report.remarks():
+        print_folded(out, "", remark, "dim")
 
 
 def _both(num_bytes: int) -> str:
@@ -438,30 +449,36 @@ def print_models(rows: Sequence[Mapping[str, Any]], *, pattern: str) -> None:
 def print_gpus(rows: Sequence[Mapping[str, Any]], *, pattern: str) -> None:
     """The accelerators with the figures that decide a cache's size and speed."""
     out = console()
-    shown = table("GPU", "Architecture", "Memory", "Usable", "GB/s", "BF16 TFLOPS", "W")
+    shown = table("GPU", "Architecture", "GiB", "Usable", "GB/s", "BF16", "W")
     for row in rows:
-        memory, usable, bandwidth, flops, power = (
+        memory, cuda, usable, bandwidth, flops, power = (
             row[name]["value"] if row[name] else None
             for name in (
                 "memory_bytes",
+                "cuda_bytes",
                 "usable_bytes",
                 "bandwidth_bytes_per_second",
                 "bf16_flops",
                 "power_watts",
             )
         )
+        total = cuda or usable
         shown.add_row(
             row["id"],
             row["architecture"] or "",
-            format_bytes(memory) if memory else "",
-            format_bytes(usable) if usable else "",
+            f"{memory / GIB:g}" if memory else "",
+            f"{total / GIB:.2f}" if total else "-",
             f"{bandwidth / 1e9:,.0f}" if bandwidth else "",
-            f"{flops / 1e12:,.1f}" if flops else "",
+            f"{flops / 1e12:.1f}".removesuffix(".0") if flops else "",
             str(power or ""),
         )
     if rows:
         out.print(shown)
         out.print()
+        told = "GiB: nominal; Usable: what a driver tells, from which fit and plan start"
+        if not all(row["cuda_bytes"] or row["usable_bytes"] for row in rows):
+            told += " (-: not known, they need a YAML of your own)"
+        print_folded(out, "", f"{told}; BF16: dense TFLOPS", "dim")
     matching = f" matching {pattern!r}" if pattern else ""
     count = f"{len(rows)} accelerator{'s' * (len(rows) != 1)}"
     out.print(f"{count}{matching}; --json gives each figure's source and date", style="dim")

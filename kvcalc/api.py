@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvcalc import sources
 from kvcalc.budget import ASKED, BudgetLine, engine_defaults, gpu_budget
-from kvcalc.config import ConfigFields
+from kvcalc.config import ConfigFields, FieldUse
+from kvcalc.dtypes import storage_format
 from kvcalc.engines import engine_names, load_engine, read_options
 from kvcalc.errors import InputError, KvcalcError, UnsupportedError
 from kvcalc.families import Architecture, decoder_level, describe
 from kvcalc.fitting import FitReport, fit_architecture
 from kvcalc.origin import Origin
-from kvcalc.pasted import read_command
 from kvcalc.sizing import MAX_RANKS, Segment, SizeReport, size_architecture
 from kvcalc.sources import catalogue
 from kvcalc.strategies import ALL, ChosenStrategy, load_strategy, strategy_names
@@ -22,6 +22,7 @@ from kvcalc.units import MAX_TOKENS, check_count, parse_bytes, parse_tokens, sho
 
 if TYPE_CHECKING:
     from kvcalc.hardware import Gpu
+    from kvcalc.pasted import Pasted
     from kvcalc.weights import Weights
 
 TABLE_SCHEMA = "kvcalc.size-table/1"
@@ -210,23 +211,86 @@ def attention_heads(model: Model) -> int:
 def pasted_deployment(command: str, **given: Any) -> tuple[str, dict[str, Any]]:  # noqa: ANN401
     """The model of a server's command line, and the other parameters of `fit`; what is `given`
     beside it goes before what it says.
+
+    Raises InputError for what the command says and nothing counts, unless what is given settles it.
     """
+    from kvcalc.pasted import read_command
+
     pasted = read_command(command)
-    said: dict[str, Any] = {"engine": pasted.engine, **pasted.point}
-    for name in ("tp", "pp"):
-        if name in said:
-            said[name] = parse_tokens(said[name], name=f"--{name}")
-    if "batch" in said:
-        said["concurrency"] = parse_tokens(said.pop("batch"), name="--concurrency")
-    memory = pasted.budget.get("kv_cache_memory_bytes")
-    if given.get("gpu") is None and memory is not None:
-        said["kv_memory"] = memory
-    for name in ("gpu_memory_utilization", "mem_fraction_static", "free_gpu_memory_fraction"):
-        if name in pasted.budget:
-            said["share"] = pasted.budget[name]
+    said: dict[str, Any] = {"engine": pasted.engine, **pasted.point, **pasted.budget}
+    said |= {name: _ranks(said[name], name=f"--{name}") for name in ("tp", "pp") if name in said}
     options = {**pasted.options, **(given.pop("options", None) or {})}
-    said |= {name: value for name, value in given.items() if value is not None}
-    return pasted.model, {**said, "options": options}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "kv_memory" in said and "kv_memory" not in given and "gpu" in given:
+        from kvcalc.device import choose_gpu
+
+        device = choose_gpu(given.pop("gpu"))  # which decides the server's defaults alone then
+        options = {**engine_defaults(pasted.engine, device), **options}
+    deployment = {**said, **given, "options": options}
+    if "seq" not in deployment and pasted.options.get("n_ctx", "0") != "0":
+        deployment["seq"] = _slot_tokens(options, given.get("concurrency", 1))
+    for doubt in pasted.doubts:
+        if not set(doubt.settled) & (deployment.keys() | options.keys()):
+            raise InputError(doubt.about)
+    if pasted.loading:
+        deployment |= _loaded(pasted, deployment)
+    return pasted.model, deployment
+
+
+def _slot_tokens(options: Mapping[str, Any], concurrency: int) -> int:
+    """What llama-server's context has for one request."""
+    slots = options.get("n_seq_max", concurrency)
+    if options.get("kv_unified") == "true":
+        slots = 1
+    cells = parse_tokens(options["n_ctx"], name="n_ctx")
+    return cells // parse_tokens(slots, name="n_seq_max")
+
+
+def _ranks(value: str, *, name: str) -> int:
+    """A number of ranks as a command line has it."""
+    if not value.isdecimal() or len(value) > len(str(MAX_RANKS)):
+        msg = f"{name} {shown(value)} is not a number of ranks"
+        raise InputError(msg)
+    return int(value)
+
+
+def _loaded(pasted: "Pasted", deployment: Mapping[str, Any]) -> dict[str, Any]:
+    """The KV dtype, where a server's `--dtype` decides it.
+
+    Raises InputError where weights are loaded in another format than the config declares, unless
+    their bytes are given, and where some layers are not on the GPU.
+    """
+    model = read_model(pasted.model, revision=deployment.get("revision"))
+    dtype, own = pasted.loading.get("dtype", "auto"), model.architecture.model_dtype
+    layers, there = len(model.architecture.layers), pasted.loading.get("n_gpu_layers", "all")
+    if there.isdecimal() and int(there[:9]) < layers:
+        msg = f"--from: {there[:9]} of {layers} layers on the GPU; a part of them is not covered"
+        raise InputError(msg)
+    wanted = storage_format("bf16" if dtype == "auto" else dtype)
+    if deployment.keys().isdisjoint({"weights", "kv_memory"}):
+        declared = _quantisation(model)
+        method = pasted.loading.get("quantization", declared).lower().replace("-", "_")
+        alike = declared and (method.startswith(declared) or declared.startswith(method))
+        if method not in ("none", declared) and not alike:
+            msg = f"--from: --quantization {shown(method)} where the config declares "
+            msg += f"{declared or 'none'}: weights are quantised at load, give --weights"
+            raise InputError(msg)
+        says = str(own.value) if isinstance(own, FieldUse) else "bf16"
+        if dtype != "auto" and storage_format(says).block_bytes != wanted.block_bytes:
+            msg = f"--from: --dtype {dtype} where weights are counted in {says}: give --weights"
+            raise InputError(msg)
+    auto = load_engine(pasted.engine).auto_dtype(model.architecture)
+    follows = dtype != "auto" and deployment.get("kv_dtype", "auto") == "auto" and auto == own
+    return {"kv_dtype": wanted.name} if follows else {}
+
+
+def _quantisation(model: Model) -> str:
+    """The method by which a config says that its weights are quantised; empty without one."""
+    for level in (model.config, decoder_level(model.config).config):
+        for key in ("quantization_config", "compression_config"):
+            if isinstance(declared := level.get(key), Mapping):
+                return str(declared.get("quant_method", "modelopt")).lower().replace("-", "_")
+    return ""
 
 
 def changes_that_fit(

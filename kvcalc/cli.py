@@ -177,7 +177,7 @@ def fit(
     tp: Annotated[int | None, typer.Option(help="GPUs (--gpus), as tensor-parallel ranks.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages.")] = None,
     command: Annotated[
-        str | None, typer.Option("--from", help="A server's command line, pasted.")
+        str | None, typer.Option("--from", help="A server's command or script; - reads one.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     json: Json = False,
@@ -203,7 +203,9 @@ def fit(
         msg = "--from names model and engine: leave MODEL and --engine out"
         raise InputError(msg)
     if command is not None:
-        model, given = api.pasted_deployment(command, **given)
+        from kvcalc.pasted import command_text
+
+        model, given = api.pasted_deployment(command_text(command), **given)
     elif model is None:
         msg = "give MODEL, or a server's command line with --from"
         raise InputError(msg)

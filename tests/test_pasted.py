@@ -1,10 +1,22 @@
 """Command lines of serving engines, as people paste them."""
 
+import io
+import json
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kvcalc
+from kvcalc import cli
+from kvcalc.api import pasted_deployment
 from kvcalc.engines import load_engine
-from kvcalc.pasted import STARTS, Pasted, read_command
+from kvcalc.pasted import MAX_CHARACTERS, Pasted, command_text, read_command
+from kvcalc.pasted._flags import STARTS
+from kvcalc.units import GIB
+
+MODEL = "meta-llama/Llama-3-8B"
+SERVE = f"vllm serve {MODEL} --max-model-len 8192"
 
 COMMANDS = {
     "vllm serve Qwen/Qwen3-32B --tensor-parallel-size 2 --max-model-len 40960 "
@@ -13,7 +25,21 @@ COMMANDS = {
         "Qwen/Qwen3-32B",
         {"tp": "2", "seq": "40960", "kv_dtype": "fp8"},
         {},
-        {"gpu_memory_utilization": "0.92"},
+        {"share": "0.92"},
+        {},
+        [],
+    ),
+    "vllm serve org/name --tensor_parallel_size=2 --max-model-len 32k --kv_cache_dtype auto "
+    "--max-num-batched-tokens 8K --kv-cache-memory-bytes 20G --dtype half -q awq -O3 -O 2 "
+    "--swap-space 4 --no-enable-log-requests --served-model-name a b --seed -1 "
+    "--compilation-config '{\"level\": 3}' --limit-mm-per-prompt.image 2": Pasted(
+        "vllm",
+        "org/name",
+        {"tp": "2", "seq": "32000", "kv_dtype": "auto"},
+        {"max_num_batched_tokens": "8192"},
+        {"kv_memory": str(20 * GIB)},
+        {"dtype": "half", "quantization": "awq"},
+        [],
     ),
     "HF_HUB_OFFLINE=1 CUDA_VISIBLE_DEVICES=0,1 /usr/bin/python3.12 -m sglang.launch_server "
     "--model-path org/name --tp=2 --mem-fraction-static 0.8 --disable-radix-cache": Pasted(
@@ -21,9 +47,11 @@ COMMANDS = {
         "org/name",
         {"tp": "2"},
         {"disable_radix_cache": "true"},
-        {"mem_fraction_static": "0.8"},
+        {"share": "0.8"},
+        {},
+        [],
     ),
-    "./build/bin/llama-server -m model.gguf -c 32768 -np 4 -ngl 99 -ctk q8_0 -fa on "
+    "./build/bin/llama-server -m model.gguf -c 32768 -np 4 -fa -ngl 99 -ctk q8_0 "
     "--swa-full": Pasted(
         "llama.cpp",
         "model.gguf",
@@ -36,9 +64,11 @@ COMMANDS = {
             "swa_full": "true",
         },
         {},
+        {"n_gpu_layers": "99"},
+        [],
     ),
-    "trtllm-serve org/name --tp_size 2 \\\n --max_seq_len 8192": Pasted(
-        "tensorrt-llm", "org/name", {"tp": "2", "seq": "8192"}, {}, {}
+    "trtllm-serve org/name --tp_size 2 \\\n --max_seq_len 8192 --max_batch_size 64": Pasted(
+        "tensorrt-llm", "org/name", {"tp": "2", "seq": "8192"}, {}, {}, {}, []
     ),
 }
 
@@ -50,14 +80,49 @@ def test_a_command_says_what_it_says(command, said):
 
 
 @pytest.mark.parametrize(
+    "text",
+    [
+        "sudo -E nohup env A=b uv run vllm serve org/name -tp 2 > log.txt 2>&1 &",
+        "#!/bin/sh\nset -e\nexport N=2 M=org/name  # don't\nexec vllm serve $M -tp ${N}\n",
+        "vllm serve org/name \\\r\n  -tp 2 2>> 'a log' | tee x; echo done",
+        "bash -lc 'cd /srv && vllm serve org/name -tp 2'",
+        "docker run -p 80:80 --name llama-server vllm/vllm-openai:v0.9 --model org/name -tp 2",
+        "docker run lmsysorg/sglang python3 -m sglang.launch_server --model org/name --tp 2",
+        "sglang serve --model-path org/name --log-level '#1' --tp 2",
+        "mpirun -n 2 trtllm-llmapi-launch trtllm-serve org/name --tp_size 2",
+    ],
+)
+def test_a_wrapped_command_is_found(text):
+    """Wrappers, containers, comments, redirections and variables of a script change nothing."""
+    found = read_command(text)
+    assert (found.model, found.point, found.doubts) == ("org/name", {"tp": "2"}, [])
+
+
+def test_arguments_of_the_image_of_llama_cpp_are_its_servers():
+    """The image needs no name of a program."""
+    found = read_command("docker run ghcr.io/ggml-org/llama.cpp:server-cuda -m a.gguf -c 512")
+    assert (found.engine, found.model) == ("llama.cpp", "a.gguf")
+
+
+@pytest.mark.parametrize(
     ("command", "reason"),
     [
         ("vllm serve org/name --new-flag 3 --other", "--new-flag, --other"),
-        ("vllm serve --port 80", "no model"),
+        ("vllm serve org/name --tensor-paralel-size 2", "did you mean --tensor-parallel-size"),
+        ("vllm serve --port 80", "names none"),
+        ("vllm serve org/name other", "names several"),
         ("vllm serve org/name --max-model-len", "no value"),
+        ("vllm serve org/name --max-model-len --port 80", "no value"),
+        ("vllm serve org/name --max-model-len 1.5K", "did you mean 1.5k"),
+        ("vllm serve $MODEL", "is a variable"),
+        ("vllm serve org/name\n  -tp 2", "lack a"),
+        ("vllm serve org/a & sglang serve --model org/b", "2 servers' commands"),
+        ("LLAMA_ARG_CTX_SIZE=512 llama-server -m a.gguf", "LLAMA_ARG_CTX_SIZE"),
         ('vllm serve "org/name', "cannot be read"),
-        ("ollama run llama3", "begins with none of"),
-        ("", "begins with none of"),
+        ("ollama run llama3", "no server's command"),
+        ("serve.sh", "no such file"),
+        ("", "no server's command"),
+        ("vllm serve a " * MAX_CHARACTERS, "more than 65,536 characters"),
     ],
 )
 def test_what_is_not_understood_is_named(command, reason):
@@ -66,12 +131,124 @@ def test_what_is_not_understood_is_named(command, reason):
         read_command(command)
 
 
+WORDS = st.sampled_from(
+    [*"\\'\"#$<>&|;()\n -=.{}*", "vllm serve ", "-tp ", "-O", "$A", "A=", "--dtype ", "--dp", "\0"]
+)
+
+
+@given(st.lists(WORDS | st.text(max_size=4), max_size=40).map("".join))
+def test_any_text_is_read_or_refused_in_one_line(text):
+    """Whatever is pasted, it is a command or an error of one line."""
+    try:
+        said = read_command(text).model
+    except kvcalc.InputError as error:
+        said = str(error)
+    assert said
+    assert said.isprintable() or "\x00" in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "settled", "reason"),
+    [
+        ("-dp 8", None, "each replica"),
+        ("--speculative-config '{}'", None, "--option mtp=true"),
+        ("--decode-context-parallel-size 2", None, "share the tokens"),
+        ("--hf-overrides '{\"a\": 1}'", None, "config.json"),
+        ("--config a.yaml", None, "not read"),
+        ("--cpu-offload-gb 10", {"weights": "10GB"}, "give --weights"),
+        ("--enable-lora --max-loras 4", {"reserve": "4GiB"}, "adapters"),
+        ("--num-gpu-blocks-override 9", {"kv_memory": "1GiB"}, "--kv-memory"),
+        ("-O0", {"reserve": "4GiB"}, "CUDA graphs"),
+        ("--no-enable-chunked-prefill", {"options": {"max_num_batched_tokens": "8192"}}, "steps"),
+        ("--quantization fp8", {"weights": "9GB"}, "quantised at load"),
+        ("--dtype float32", {"weights": "33GB"}, "counted in bf16"),
+    ],
+)
+def test_a_flag_that_decides_the_result_is_not_passed_over(flags, settled, reason):
+    """It is refused in its own words, unless an option says what it decides."""
+    with pytest.raises(kvcalc.InputError, match=reason):
+        pasted_deployment(f"{SERVE} {flags}", gpu="h100-sxm-80gb")
+    if settled:
+        assert pasted_deployment(f"{SERVE} {flags}", **settled)[0] == MODEL
+
+
+@pytest.mark.parametrize("value", ["-dp 1", "--cpu-offload-gb 0", "-q none", "--dtype auto"])
+def test_a_value_that_changes_nothing_is_taken(value):
+    """What a flag would do is what counts, not the flag."""
+    assert pasted_deployment(f"{SERVE} {value}")[1]["seq"] == "8192"
+
+
+def test_a_quantisation_that_the_config_declares_is_no_news():
+    """Its weights are counted so; another one is refused."""
+    model = "Qwen/Qwen3-30B-A3B-FP8"
+    assert pasted_deployment(f"vllm serve {model} --quantization fp8")[0] == model
+    with pytest.raises(kvcalc.InputError, match="declares fp8"):
+        pasted_deployment(f"vllm serve {model} --quantization awq")
+
+
+def test_the_dtype_is_that_of_the_cache():
+    """`--dtype` decides the KV dtype unless the cache has one of its own."""
+    assert pasted_deployment(f"{SERVE} --dtype half")[1]["kv_dtype"] == "fp16"
+    deployment = pasted_deployment(f"{SERVE} --dtype half --kv-cache-dtype fp8")[1]
+    assert deployment["kv_dtype"] == "fp8"
+    assert pasted_deployment(f"{SERVE} --dtype half", kv_dtype="bf16")[1]["kv_dtype"] == "bf16"
+
+
+def test_the_memory_that_a_command_gives_its_cache_counts(capsys):
+    """`--kv-cache-memory-bytes` takes the place of what a GPU would leave, as in vLLM."""
+    command = f"{SERVE} --kv-cache-memory-bytes 20G"
+    assert cli.run(["fit", "--from", command, "--gpu", "h100-sxm-80gb", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kv_cache_bytes_per_rank"] == 20 * GIB
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"{SERVE} --max-num-seqs 64",
+        f"sglang serve --model {MODEL} --context-length 8192 --max-running-requests 64",
+        f"trtllm-serve {MODEL} --max_seq_len 8192 --max_batch_size 64",
+    ],
+)
+def test_a_limit_is_not_the_load(command):
+    """How many requests an engine takes at once does not say how many there are."""
+    model, deployment = pasted_deployment(command, kv_memory="40GiB")
+    assert kvcalc.fit(model, **deployment).concurrency == 1
+
+
+def test_slots_of_llama_server_share_its_context():
+    """A request may be as long as its part of `-c`, unless the slots' cells are one."""
+    command = f"llama-server -m {MODEL} -c 32768 -np 4"
+    assert pasted_deployment(command)[1]["seq"] == 8192
+    assert pasted_deployment(f"{command} -kvu")[1]["seq"] == 32768
+    with pytest.raises(kvcalc.InputError, match="20 of 32 layers"):
+        pasted_deployment(f"{command} -ngl 20")
+
+
+def test_a_command_is_read_from_a_file_or_standard_input(tmp_path, monkeypatch):
+    """`--from` takes a script's name, and `-` for what is piped in."""
+    script = tmp_path / "serve it.sh"
+    script.write_text(SERVE)
+    assert command_text(str(script)) == command_text(SERVE) == SERVE
+    monkeypatch.setattr("sys.stdin", io.StringIO(SERVE))
+    assert command_text("-") == SERVE
+    script.write_bytes(b"\xff\xfe")
+    with pytest.raises(kvcalc.InputError, match="as a script"):
+        command_text(str(script))
+    assert command_text(str(tmp_path)) == str(tmp_path)
+
+
 def test_every_option_that_is_translated_exists():
     """Each flag's target is an option of its engine or a parameter of size."""
     for dialect in {id(dialect): dialect for _, dialect in STARTS}.values():
         options = load_engine(dialect.engine).OPTIONS
         assert not dialect.flags.keys() & dialect.harmless.keys()
+        assert not [flag for flag in dialect.flags if dialect.doubt(flag)]
+        doubtful = [flag for flag in dialect.harmless if dialect.doubt(flag)]
+        assert set(doubtful) <= {"--no-enable-chunked-prefill"}
         for target in dialect.flags.values():
             part, _, name = target.partition("=")[0].partition(".")
-            assert part in {"model", "point", "options", "budget"}
+            assert part in {"model", "point", "options", "budget", "loading"}
             assert part != "options" or name in options, target
+        for doubt in dialect.doubtful.values():
+            known = {"weights", "reserve", "kv_memory", "share", "seq", *options, "n_ctx"}
+            assert set(doubt.settled) <= known

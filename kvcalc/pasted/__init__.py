@@ -1,0 +1,263 @@
+"""The command line of a serving engine, as somebody pastes it: which model it serves, and what of
+it decides the size of the cache.
+
+A flag is translated, known to change nothing about the cache, kept as a doubt that another option
+may settle, or named in an error: none is guessed past. Nothing of a text is run: of a script, its
+words are read, and variables that it sets itself are filled in.
+
+How many requests an engine takes at once (`--max-num-seqs`, `--max_batch_size`) bounds the load
+and does not say it: no concurrency follows from it. TensorRT-LLM's blocks do not depend on it.
+"""
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from kvcalc.errors import InputError
+from kvcalc.pasted._flags import IMAGES, LLAMA_CPP, STARTS, VLLM, Dialect, Doubt
+from kvcalc.units import shown
+
+MAX_CHARACTERS = 2**16
+"""Of a text: a script is shorter."""
+
+LONGEST_NAME = 255
+"""Of a file, in Linux, and of an assignment that is read."""
+
+
+class Pasted(NamedTuple):
+    """What a command line says. `point` holds parameters of `kvcalc.size` by name, `options` those
+    of the engine, `budget` what decides how much memory its cache gets (`share`, `kv_memory`),
+    `loading` how the model is loaded (`dtype`, `quantization`, `n_gpu_layers`), and `doubts` what
+    else must be settled.
+    """
+
+    engine: str
+    model: str
+    point: dict[str, str]
+    options: dict[str, str]
+    budget: dict[str, str]
+    loading: dict[str, str]
+    doubts: list[Doubt]
+
+
+_HUMAN = frozenset({"point.seq", "options.max_num_batched_tokens", "budget.kv_memory"})
+"""What vLLM reads by `human_readable_int` (engine/arg_utils.py, utils/argparse_utils.py)."""
+
+_QUOTED = r"""'[^']*'|"(?:\\.|[^"\\])*"|\\."""
+_TARGET = rf"(?:{_QUOTED}|[^\s;&|'\"\\])+"
+_NOISE = re.compile(rf"({_QUOTED})|(?<!\S)(?:#[^\n]*|(?:\d|&)?[<>]+&?[ \t]*{_TARGET})", re.DOTALL)
+"""What is quoted, and comments and redirections."""
+
+_VARIABLE = re.compile(r"\$(?:\{(\w+)\}|(\w+))")
+_SEPARATORS = ";&|()\n"
+
+
+def command_text(given: str) -> str:
+    """The text that `--from` gives: standard input's for `-`, a file's if there is one of that
+    name, else the argument itself.
+    """
+    path = Path(given)
+    try:
+        if given == "-":
+            return sys.stdin.read(MAX_CHARACTERS + 1)
+        if not 0 < len(given) <= LONGEST_NAME or not path.exists() or path.is_dir():
+            return given
+        with path.open(encoding="utf-8") as file:
+            return file.read(MAX_CHARACTERS + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        msg = f"cannot read {shown(given)} as a script: {error}"
+        raise InputError(msg) from None
+
+
+def read_command(text: str) -> Pasted:
+    """What a server's command line says about its cache; it may stand in a script or be wrapped.
+
+    Raises InputError for a text without such a command or with several, a flag that is not known,
+    one without its value, and a command without a model.
+    """
+    if len(text) > MAX_CHARACTERS:
+        msg = f"--from has more than {MAX_CHARACTERS:,} characters; give the server's command alone"
+        raise InputError(msg)
+    dialect, words = _the_command(text)
+    found = Pasted(dialect.engine, "", {}, {}, {}, {}, [])
+    models: list[str] = []
+    for flag, value in _flags(dialect, words):
+        target = "model" if flag in ("", dialect.model) else dialect.flags.get(flag, "")
+        if not target:
+            found.doubts.extend(_doubts(dialect, flag, value))
+            continue
+        if "$" in value:
+            msg = f"--from: {shown(value)} is a variable that the text does not set; write it out"
+            raise InputError(msg)
+        if target == "model":
+            models.append(value)
+            continue
+        target, _, fixed = target.partition("=")
+        part, _, name = target.partition(".")
+        getattr(found, part)[name] = fixed or _value(dialect, target, flag, value)
+    if len(models) != 1:
+        named = f"several: {', '.join(map(shown, models[:4]))}" if models else "none"
+        msg = f"--from {shown(text)} should name one model, and names {named}"
+        raise InputError(msg)
+    return found._replace(model=models[0])
+
+
+def _the_command(text: str) -> tuple[Dialect, list[str]]:
+    """Whose command a text holds, and the words after its beginning."""
+    lines = _lines(text)
+    commands = [found for line in lines if (found := _command(line))]
+    if not commands:  # bash -c '…'
+        quoted = [word for line in lines for word in line if re.search(r"\s", word)]
+        inner = [line for word in quoted for line in _lines(word)]
+        commands = [found for line in inner if (found := _command(line))]
+    if not commands:
+        known = ", ".join(" ".join(start) for start, _ in STARTS).replace("-m", "python -m")
+        alone = "" if re.search(r"\s", text) else ", and no such file is here"
+        msg = f"--from {shown(text)} has no server's command in it{alone}; known are: {known}"
+        raise InputError(msg)
+    if len(commands) > 1:
+        each = "; ".join(shown(" ".join((one.engine, *words[:3]))) for one, words in commands[:4])
+        msg = f"--from has {len(commands)} servers' commands; give one of them: {each}"
+        raise InputError(msg)
+    if broken := [line[0] for line in lines if _is_flag(line[0])]:
+        msg = f"--from: a line begins with {shown(broken[0])}; does the one before lack a \\?"
+        raise InputError(msg)
+    ((dialect, words),) = commands
+    if dialect is LLAMA_CPP and (variable := re.search(r"\bLLAMA_ARG_\w+", text)):
+        msg = f"--from: {shown(variable[0])} is not read; write it as a flag"
+        raise InputError(msg)
+    pairs = (word.partition("=") for line in lines for word in line if len(word) < LONGEST_NAME)
+    values = {name: value for name, equals, value in pairs if equals and name.isidentifier()}
+    return dialect, [
+        _VARIABLE.sub(lambda name: values.get(name[1] or name[2], name[0]), word) for word in words
+    ]
+
+
+def _lines(text: str) -> list[list[str]]:
+    """The words of each command of a text, without comments and redirections."""
+    plain = _NOISE.sub(lambda match: match[1] or "", text.replace("\r\n", "\n"))
+    lexer = shlex.shlex(plain.replace("\\\n", " "), posix=True, punctuation_chars=_SEPARATORS)
+    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
+    lines: list[list[str]] = [[]]
+    try:
+        for word in lexer:
+            if word and not word.strip(_SEPARATORS):
+                lines.append([])
+            else:
+                lines[-1].append(word)
+    except ValueError as error:
+        msg = f"--from {shown(text)} cannot be read: {error}"
+        raise InputError(msg) from None
+    return [line for line in lines if line]
+
+
+def _command(line: Sequence[str]) -> tuple[Dialect, list[str]] | None:
+    """Whose command a line is, wherever in it that begins, and the words after the beginning."""
+    for at, word in enumerate(line):
+        for image, dialect in IMAGES:
+            if image.fullmatch(word):
+                return dialect, list(line[at + 1 :])
+    for at, word in enumerate(line):
+        plain = (word.rpartition("/")[2], *line[at + 1 : at + 3])
+        for start, dialect in STARTS:
+            if plain[: len(start)] == start:
+                return dialect, list(line[at + len(start) :])
+    return None
+
+
+def _flags(dialect: Dialect, words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Flags that may count, with their values; the model alone comes with an empty flag."""
+    unknown: list[str] = []
+    rest = list(reversed(words))
+    while rest:
+        word = rest.pop()
+        if not _is_flag(word):
+            yield "", word
+            continue
+        typed, equals, value = re.sub(r"^-O(\d)$", r"-O=\1", word).partition("=")
+        name, _, key = typed.replace("_", "-").partition(".")  # --json-flag.key value
+        takes = _takes(dialect, name)
+        if takes != 0 and not equals:
+            value = _values(rest, takes, typed)
+        if name == dialect.model or name in dialect.flags or dialect.doubt(name):
+            yield name, f"{key}={value}" if key else value
+        elif name not in dialect.harmless:
+            unknown.append(typed)
+    if unknown:
+        raise InputError(_unknown(dialect, unknown))
+
+
+def _takes(dialect: Dialect, name: str) -> int | None:
+    """How many values a flag takes; None for any number, as where it is not known."""
+    if name == dialect.model or name in dialect.flags:
+        return 0 if "=" in dialect.flags.get(name, "") else 1
+    return None if dialect.doubt(name) else dialect.harmless.get(name)
+
+
+def _values(rest: list[str], takes: int | None, flag: str) -> str:
+    """Takes the values of a flag from the reversed `rest`."""
+    values: list[str] = []
+    while rest and not _is_flag(rest[-1]) and (takes is None or not values):
+        values.append(rest.pop())
+    if takes and not values:
+        if flag in ("-fa", "--flash-attn"):  # alone until August 2025
+            return "on"
+        msg = f"--from: {flag} has no value"
+        raise InputError(msg)
+    return " ".join(values)
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and not re.fullmatch(r"-(\d.*)?", word)
+
+
+def _doubts(dialect: Dialect, flag: str, value: str) -> Iterator[Doubt]:
+    """What is doubtful of a flag, unless its value is fine."""
+    doubt = dialect.doubt(flag)
+    if doubt and not re.fullmatch(doubt.fine, value):
+        said = f"{_named(flag)} {shown(value)}" if value else _named(flag)
+        yield doubt._replace(about=f"--from: {said}: {doubt.about}")
+
+
+def _named(flag: str) -> str:
+    """A flag as an error names it."""
+    return flag if re.fullmatch(r"[\w.-]{1,50}", flag) else shown(flag)
+
+
+def _unknown(dialect: Dialect, unknown: Sequence[str]) -> str:
+    from difflib import get_close_matches
+
+    known = [*dialect.flags, *dialect.doubtful, *dialect.harmless]
+    first = unknown[:12]
+    named = ", ".join(map(_named, first))
+    alike = [close for flag in first for close in get_close_matches(flag, known, 1, 0.85)]
+    meant = f"did you mean {', '.join(alike)}? Else " if alike else ""
+    return (
+        f"--from: flags of {dialect.engine} that kvcalc does not know: {named}; "
+        f"{meant}leave out those that do not concern the cache"
+    )
+
+
+def _value(dialect: Dialect, target: str, flag: str, value: str) -> str:
+    """A value as kvcalc reads it."""
+    if target == "options.flash_attn":
+        return "false" if value in ("off", "false", "0") else "true"
+    return _number(flag, value) if dialect is VLLM and target in _HUMAN else value
+
+
+def _number(flag: str, value: str) -> str:
+    """A number as vLLM reads it: `25.6k` is 25,600, `1K` is 1,024."""
+    match = re.fullmatch(r"([0-9]{1,15})(\.[0-9]{1,9})?([kKmMgGtT])", value)
+    if match is None:
+        return value
+    whole, part, suffix = match.groups()
+    power = "kmgt".index(suffix.lower()) + 1
+    if suffix.islower():
+        return str(int(float(whole + (part or "")) * 1000**power))
+    if part:
+        msg = f"--from: {flag} {value} is refused by vLLM; did you mean {value.lower()}?"
+        raise InputError(msg)
+    return str(int(whole) * 1024**power)

@@ -98,12 +98,13 @@ def _share(question: Question) -> tuple[Fraction, str]:
     if question.share:
         given = read_share(question.share)
         return given, f"{OPTION} {float(given):g}"
-    gpu, decoder = question.gpu, question.decoder
-    if gpu.usable_bytes is None or decoder is None:
+    decoder = question.decoder
+    figure = question.gpu.usable_bytes or question.gpu.cuda_bytes
+    if figure is None or decoder is None:
         msg = f"the default of {OPTION} depends on the machine: give --share, as it prints it"
         raise InputError(msg)
-    total = gpu.usable_bytes.value // MIB
-    chunk, few, many = _class(gpu.usable_bytes.value)
+    total = figure.value // MIB
+    chunk, few, many = _class(figure.value)
     chunk = question.options["chunked_prefill_size"] or chunk
     batch = many if question.tp >= MANY_RANKS else few
     graphs = 2 * batch + (1536 if decoder.latent else 8 * len(prefill_sizes(chunk)))

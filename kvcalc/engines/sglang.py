@@ -26,12 +26,13 @@ and one page. Speculative drafts and attention data or context parallelism are n
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 from typing import Any, ClassVar, NamedTuple, Self
 
 from kvcalc.config import FieldUse
 from kvcalc.dtypes import FORMATS, StorageFormat
-from kvcalc.engines import Option, Plan
+from kvcalc.engines import Option, Plan, Same
 from kvcalc.errors import ConfigError, InputError, UnsupportedError
 from kvcalc.families import Architecture
 from kvcalc.layers import HeadsLayer, LatentAttention, Layer, PlainLayer, Windowed
@@ -337,10 +338,17 @@ class StateSlots(PlainLayer):
 
 def check_point(architecture: Architecture, plan: Plan) -> None:
     """Pools of a given size, and slots of states, hold so many requests."""
-    options = plan.options
-    parts = [part for layer in _filled(architecture) for part in layer.parts()]
-    _pools(architecture, parts, options).check(plan.tokens, plan.batch)
-    _check_requests(options, plan.batch, per_request=_per_request(architecture, options))
+    pools, per_request = _limits(Same(architecture), Same(plan.options))
+    pools.check(plan.tokens, plan.batch)
+    _check_requests(plan.options, plan.batch, per_request=per_request)
+
+
+@lru_cache(maxsize=8)
+def _limits(architecture: Same[Architecture], options: Same[Options]) -> tuple[Pools, int]:
+    """The pools, and slots of states that a request may need; a search asks many times."""
+    parts = [part for layer in _filled(architecture.it) for part in layer.parts()]
+    pools = _pools(architecture.it, parts, options.it)
+    return pools, _per_request(architecture.it, options.it)
 
 
 def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer, ...]:

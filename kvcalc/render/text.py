@@ -204,21 +204,20 @@ def print_fit(report: FitReport, changes: Sequence[str]) -> None:
         out.print(rows)
         out.print()
     lines = {
-        f"cache memory{rank}": Text(_both(report.available_bytes)),
-        f"needed{rank}": Text(_both(report.needed_bytes)),
-        "": _verdict(report),
-        "most requests": Text(
-            f"{report.max_concurrency:,}{_between(report.max_concurrency_range)} of "
-            f"{size.seq_tokens:,} tokens at once"
-        ),
-        "longest sequence": Text(
-            f"{report.max_tokens:,}{_between(report.max_tokens_range)} tokens for "
-            f"{report.concurrency:,} at once{_own_maximum(report)}"
-        ),
+        f"cache memory{rank}": _both(report.available_bytes),
+        f"needed{rank}": _both(report.needed_bytes),
+        "": "",
+        "most requests": f"{report.max_concurrency:,}{_between(report.max_concurrency_range)} of "
+        f"{size.seq_tokens:,} tokens at once",
+        "longest sequence": f"{report.max_tokens:,}{_between(report.max_tokens_range)} tokens for "
+        f"{report.concurrency:,} at once{_own_maximum(report)}",
     }
     widest = max(map(len, lines)) + 2
     for label, said in lines.items():
-        out.print(Text(label.ljust(widest)).append_text(said))
+        if label:
+            print_folded(out, label.ljust(widest), said)
+        else:
+            out.print(Text(" " * widest).append_text(_verdict(report)))
     if changes:
         print_folded(out, "would fit with".ljust(widest), ", or ".join(changes), "bold")
     elif not report.fits:

@@ -1,5 +1,6 @@
 """The real huggingface_hub, in a process of its own, against a Hub on the loopback interface."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -33,12 +34,16 @@ class Answer(NamedTuple):
 
 
 class Hub(ThreadingHTTPServer):
-    """Gives its answers one after another, the last one for ever, and keeps the requests."""
+    """Gives its answers one after another, the last one for ever, and keeps the requests.
+
+    `quantization` answers for hf_quant_config.json.
+    """
 
     def __init__(self):
         """Listen on a free port."""
         super().__init__(("127.0.0.1", 0), Handler)
         self.answers = [Answer()]
+        self.quantization = Answer(404, "EntryNotFound")
         self.requests = []
         self.tokens = set()
         self.over = threading.Event()
@@ -63,6 +68,8 @@ class Handler(BaseHTTPRequestHandler):
         self.server.requests.append((self.command, self.path))
         self.server.tokens.add(self.headers["Authorization"])
         answers = self.server.answers
+        if self.path.endswith("/hf_quant_config.json"):
+            answers = [self.server.quantization]
         answer = answers.pop(0) if len(answers) > 1 else answers[0]
         if answer.hangs:
             self.server.over.wait(30)
@@ -73,7 +80,7 @@ class Handler(BaseHTTPRequestHandler):
         if answer.status >= 400:
             self.send_header("X-Error-Message", f"no access with {TOKEN}")
         else:
-            self.send_header("ETag", '"0123456789abcdef"')
+            self.send_header("ETag", f'"{hashlib.sha256(answer.body).hexdigest()}"')
             self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("Content-Length", str(len(answer.body)))
         self.end_headers()
@@ -148,7 +155,10 @@ def test_a_model_is_fetched_once(hub, kvcalc, revision, asked):
     assert report["source"]["kind"] == "hub"
     assert f"at {revision or 'main'} ({COMMIT[:12]})" in report["source"]["detail"]
     assert ("GET", f"/org/name/resolve/{asked}/config.json") in hub.requests
-    assert {path for _, path in hub.requests} == {f"/org/name/resolve/{asked}/config.json"}
+    assert {path for _, path in hub.requests} == {
+        f"/org/name/resolve/{asked}/config.json",
+        f"/org/name/resolve/{COMMIT}/hf_quant_config.json",
+    }
     assert hub.tokens == {f"Bearer {TOKEN}"}
 
     hub.close()
@@ -207,6 +217,56 @@ def test_an_answer_that_will_not_change(hub, kvcalc, answer, arguments, said):
     assert [words for words in said if words not in line] == []
     assert hub.tokens == {f"Bearer {TOKEN}"}
     assert [method for method, _ in hub.requests].count("HEAD") == (1 if answer.status > 200 else 2)
+
+
+QUANTIZATION = {
+    "producer": {"name": "modelopt", "version": "0.29.0"},
+    "quantization": {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8", "exclude_modules": []},
+}
+
+
+def test_a_quantisation_beside_the_config_is_fetched(hub, kvcalc):
+    """hf_quant_config.json of the same commit is fetched, kept, and decides the KV dtype."""
+    hub.quantization = Answer(body=json.dumps(QUANTIZATION).encode())
+    for kind in ("hub", "hf-cache"):
+        done = kvcalc("org/name")
+        assert (done.returncode, done.stderr) == (0, "")
+        report = json.loads(done.stdout)
+        assert report["source"]["kind"] == kind
+        assert report["total_bytes"] == BYTES_AT_1K // 2
+        assert any("hf_quant_config.json" in note for note in report["notes"])
+        hub.close()
+
+
+def test_a_config_that_says_its_quantisation_asks_for_no_other(hub, kvcalc):
+    """One request less where config.json has a quantization_config of its own."""
+    own = CONFIG | {"quantization_config": {"quant_method": "fp8"}}
+    hub.answers = [Answer(body=json.dumps(own).encode())]
+    done = kvcalc("org/name")
+    assert json.loads(done.stdout)["total_bytes"] == BYTES_AT_1K
+    assert all(path.endswith("/config.json") for _, path in hub.requests)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (Answer(503), "answered 503"),
+        (Answer(body=b"<html>"), "hf_quant_config.json is not JSON"),
+        (Answer(body=b"[]"), "not a JSON object"),
+        (Answer(body=b"{}"), "has no quant_algo"),
+    ],
+)
+def test_a_quantisation_that_cannot_be_read_is_one_line(hub, kvcalc, answer, said):
+    """Trouble with hf_quant_config.json ends like that with config.json; nothing is guessed."""
+    hub.quantization = answer
+    assert said in complaint(kvcalc("org/name"))
+
+
+def test_a_mirror_that_names_no_code_has_no_such_file(hub, kvcalc):
+    """Any 404 for hf_quant_config.json means that there is none."""
+    hub.quantization = Answer(404)
+    done = kvcalc("org/name")
+    assert json.loads(done.stdout)["total_bytes"] == BYTES_AT_1K
 
 
 def test_a_misspelt_name_is_corrected(hub, kvcalc):

@@ -270,6 +270,92 @@ def test_a_module_both_named_and_left_out_is_refused():
         weights_of(llama(mixed(ignore=["model.layers.1*"])))
 
 
+MOE = {
+    "model_type": "mixtral",
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+UP = "model.layers.1.block_sparse_moe.experts"
+FOUR = {"quant_algo": "W4A16_NVFP4", "group_size": 16}
+LAYERS = {
+    "model.layers.0.self_attn.q_proj": {"quant_algo": "FP8"},
+    "lm_head": {"quant_algo": "NVFP4", "group_size": 16},
+    **{f"{UP}.{number}.up_proj": FOUR for number in range(3)},
+}
+
+
+def layered(layers):
+    """A mixture of experts whose modules have a format each."""
+    quantization = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION"}
+    return MOE | {"quantization_config": quantization | {"quantized_layers": layers}}
+
+
+def test_formats_of_each_module_by_hand():
+    """`quantized_layers` says a format for each module; whether W4A16 has a scale of its inputs is
+    open, so that four bytes of each such matrix are a range.
+    """
+    eight, four, head = 256 * 256, 3 * 384 * 256, 512 * 256
+    expected = weights_of(MOE).num_bytes - 2 * (eight + four + head)
+    expected += eight + 8 + (four + head) // 2 + (four + head) // 16 + 8 + 3 * 8
+    found = weights_of(layered(LAYERS))
+    assert (found.num_bytes, found.least_bytes) == (expected, expected - 3 * 4)
+    assert any("W4A16" in note for note in found.notes)
+    sure = LAYERS | {name: FOUR | {"quant_algo": "NVFP4"} for name in LAYERS if UP in name}
+    assert (
+        weights_of(layered(sure))[1:]
+        == found._replace(notes=found.notes[:-1], least_bytes=None)[1:]
+    )
+
+
+def test_all_experts_of_a_layer_may_stand_in_one_line():
+    """What the catalogue keeps of `quantized_layers` is weighed as the whole of it."""
+    from kvcalc.weights._groups import condensed
+
+    fewer = {name: entry for name, (entry, _) in condensed(LAYERS).items()}
+    assert len(fewer) == 3
+    assert f"{UP}.up_proj" in fewer
+    assert weights_of(layered(fewer)) == weights_of(layered(LAYERS))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        7,
+        [],
+        {},
+        {"lm_head": "FP8"},
+        {"lm_head": {}},
+        {"lm_head": {"quant_algo": "FP8", "group_size": 128}},
+        {"lm_head": {"quant_algo": "NVFP4", "group_size": 32}},
+        {"lm_head": {"quant_algo": ["NVFP4"], "group_size": 16}},
+        {"lm_head": {"quant_algo": "MXFP8"}},
+        {"model.layers.0.self_attn": {"quant_algo": "FP8"}},
+        {"model.layers.2.self_attn.q_proj": {"quant_algo": "FP8"}},
+        {"lm_head": {"quant_algo": "FP8"}, "model.lm_head": FOUR},
+        {f"{UP}.{number}.up_proj": FOUR for number in range(2)},
+        {f"{UP}.{number}.up_proj": FOUR for number in range(4)},
+        {f"{UP}.{number}.up_proj": FOUR for number in (0, 2)},
+        LAYERS | {f"{UP}.2.up_proj": {"quant_algo": "FP8"}},
+        LAYERS | {f"{UP}.up_proj": FOUR},
+        {f"{UP}.up_proj": FOUR} | LAYERS,
+        {"a" * 501: FOUR},
+    ],
+)
+def test_formats_of_modules_that_are_not_known_are_refused(layers):
+    """Other formats, modules of other names and experts that differ are refused."""
+    with pytest.raises(UnsupportedError, match=r"field: quantization_config\.quantized_layers$"):
+        weights_of(layered(layers))
+
+
 def test_names_of_other_parts_are_no_layers():
     """`mtp.layers.0` and a vision tower's layers leave the decoder's layer 0 as it was."""
     block = {"quant_method": "fp8", "weight_block_size": [128, 128]}

@@ -11,7 +11,7 @@ from typing import Any
 
 from kvcalc.errors import InputError, ModelNotFoundError
 from kvcalc.origin import Origin
-from kvcalc.sources import catalogue, local
+from kvcalc.sources import catalogue, local, quantization
 from kvcalc.units import shown
 
 __all__ = ["resolve"]
@@ -24,6 +24,18 @@ def resolve(
 
     Raises ModelNotFoundError, ConfigError, GatedModelError or HubUnavailableError.
     """
+    config, origin = _find(model, revision=revision)
+    word = quantization.contradicted(config, origin)
+    if not word:
+        return config, origin
+    note = f"the name says {word}, the config no quantisation: auto is a plain model's KV dtype"
+    return config, origin._replace(notes=(*origin.notes, note))
+
+
+def _find(
+    model: str | Mapping[str, Any], *, revision: str | None
+) -> tuple[Mapping[str, Any], Origin]:
+    """The first of the places that has the model."""
     if isinstance(model, Mapping):
         name = str(model.get("_name_or_path") or "config")
         return model, Origin(

@@ -14,7 +14,8 @@ from kvcalc.engines import Same
 from kvcalc.errors import InputError, UnsupportedError
 from kvcalc.families import decoder_level
 from kvcalc.origin import Origin
-from kvcalc.sources import local
+from kvcalc.sources import local, quantization
+from kvcalc.units import shown
 from kvcalc.weights import Weights, weights_of, weights_of_files
 
 __all__ = ["weights_of_model"]
@@ -46,6 +47,13 @@ def weights_of_model(config: Mapping[str, Any], origin: Origin) -> Weights:
                 reason = "computed, as the repository has no safetensors files"
     if found is not None:
         return _with_notes(found, config)
+    if word := quantization.contradicted(config, origin):
+        msg = (
+            f"the name {shown(quantization.name_of(origin), most=120)} says {word}, its config no "
+            f"quantisation, so that the bytes of its weights are not known; give a folder with its "
+            f"{quantization.FILE} or safetensors files"
+        )
+        raise UnsupportedError(msg)
     weights = _computed(Same(config), complete=origin.completeness == "verbatim")
     if not reason:
         return weights

@@ -19,7 +19,8 @@ from kvcalc.errors import (
     OutputError,
 )
 from kvcalc.origin import Origin
-from kvcalc.sources.local import read_config
+from kvcalc.sources import quantization
+from kvcalc.sources.local import read_config, read_with_quantization
 from kvcalc.units import shown
 
 if TYPE_CHECKING:
@@ -39,7 +40,8 @@ _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "url
 def download(
     model: str, *, revision: str | None, hint: str = ""
 ) -> tuple[Mapping[str, Any], Origin]:
-    """Fetch a repository's config.json, retrying what may pass.
+    """Fetch a repository's config.json, retrying what may pass, and where that says nothing of a
+    quantisation, its hf_quant_config.json, if it has one.
 
     Raises ModelNotFoundError (no such repository, revision or file), GatedModelError and
     HubUnavailableError (offline, time-out, rate limit, server error).
@@ -49,13 +51,26 @@ def download(
     def fetch() -> str:
         return hf_hub_download(model, "config.json", revision=revision)
 
+    def fetch_quantization() -> None:
+        try:
+            _ask(model, quantization.FILE, revision=path.parent.name)
+        except Exception as error:
+            if _status(error) == 404:
+                return
+            raise
+        hf_hub_download(model, quantization.FILE, revision=path.parent.name)
+
     check_reachable(model, revision=revision, hint=hint)
     path = Path(_with_retries(fetch, model, revision, hint))
-    return read_config(path), Origin(
+    if not quantization.is_declared(read_config(path)):
+        _with_retries(fetch_quantization, model, revision, hint)
+    config, notes = read_with_quantization(path)
+    return config, Origin(
         requested=model,
         resolved=model,
         kind="hub",
         detail=f"config.json at {revision or 'main'} ({path.parent.name[:12]})",
+        notes=notes,
         commit=path.parent.name,
     )
 
@@ -108,17 +123,20 @@ def check_reachable(model: str, *, revision: str | None, hint: str = "") -> None
 
     A download that cannot connect retries for half a minute on its own; this fails in seconds.
     """
-    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, logging
+    from huggingface_hub import logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     disable_progress_bars()
+    _with_retries(lambda: _ask(model, "config.json", revision=revision), model, revision, hint)
 
-    def ask() -> None:
-        url = hf_hub_url(model, "config.json", revision=revision)
-        get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
-    _with_retries(ask, model, revision, hint)
+def _ask(model: str, file: str, *, revision: str | None) -> None:
+    """Ask for a file's header, once."""
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+
+    url = hf_hub_url(model, file, revision=revision)
+    get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
 def _with_retries(

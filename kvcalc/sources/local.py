@@ -9,6 +9,7 @@ from typing import Any
 
 from kvcalc.errors import ConfigError, ModelNotFoundError
 from kvcalc.origin import Origin
+from kvcalc.sources import quantization
 from kvcalc.units import shown
 
 MAX_CONFIG_BYTES = 16 * 2**20
@@ -56,7 +57,7 @@ def read(requested: str, path: Path, *, kind: str = "file") -> tuple[Mapping[str
 
         config, notes = gguf_config.read(config_path)
     else:
-        config = read_config(config_path)
+        config, notes = read_with_quantization(config_path)
     return config, Origin(
         requested=requested,
         resolved=requested,
@@ -79,20 +80,35 @@ def is_gguf(path: Path) -> bool:
         return False
 
 
-def read_config(path: Path) -> Mapping[str, Any]:
+def read_with_quantization(path: Path) -> tuple[Mapping[str, Any], tuple[str, ...]]:
+    """Parse a config.json with the `hf_quant_config.json` beside it, and a note where that counts.
+
+    ConfigError when either cannot be read.
+    """
+    config = read_config(path)
+    beside = path.with_name(quantization.FILE)
+    if path.name != "config.json" or not (beside.is_file() or beside.is_symlink()):
+        return config, ()
+    if quantization.is_declared(config):
+        return config, ()
+    said = read_config(beside, what=quantization.FILE)
+    return quantization.merged(config, said, name=str(beside)), (quantization.NOTE,)
+
+
+def read_config(path: Path, *, what: str = "config.json") -> Mapping[str, Any]:
     """Parse a config.json; ConfigError when it is too large, not JSON, or not an object."""
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_CONFIG_BYTES + 1)
         if len(raw) > MAX_CONFIG_BYTES:
-            msg = f"{path} is larger than {MAX_CONFIG_BYTES:,} bytes, which no config.json is"
+            msg = f"{path} is larger than {MAX_CONFIG_BYTES:,} bytes, which no {what} is"
             raise ConfigError(msg)
         text = raw.decode("utf-8-sig")
     except OSError as error:
         msg = f"cannot read {path}: {error.strerror or error}"
         raise ConfigError(msg) from None
     except UnicodeDecodeError:
-        msg = f"{path} is not text; give a model's config.json"
+        msg = f"{path} is not text; give a model's {what}"
         raise ConfigError(msg) from None
     return parse_config(text, name=str(path))
 

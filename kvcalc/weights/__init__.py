@@ -50,6 +50,7 @@ def weights_of(
         format=stored.name,
         origin=_origin(fields, stored.rule),
         notes=(*_notes(parts, fields, config), *stored.notes),
+        least_bytes=stored.least_bytes,
     )
 
 

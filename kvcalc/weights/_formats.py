@@ -28,24 +28,41 @@ from kvcalc.weights._rules import (
 
 
 class Stored(NamedTuple):
-    """Bytes of all weights, the format's name, the rule in one line, and remarks."""
+    """Bytes of all weights, the format's name, the rule in one line, and remarks.
+
+    `least_bytes` is not None where writers differ, and they may be that little.
+    """
 
     num_bytes: int
     name: str
     rule: str
     notes: tuple[str, ...] = ()
+    least_bytes: int | None = None
 
 
 def stored(config: Mapping[str, Any], parts: Parts, *, wanted: str | None) -> Stored:
     """The bytes in the declared format, or in the plain one that is wanted."""
     if wanted is not None:
-        return _plain(parts, _dtype(wanted, "dtype"), "as asked for")
+        name = _dtype(wanted)
+        if not name:
+            choices = ", ".join(COMPUTE_DTYPES)
+            msg = f"dtype {shown(wanted)} is no plain dtype of weights; choose {choices}"
+            raise InputError(msg)
+        return _plain(parts, name, "as asked for")
+    levels = (config, parts.fields.data)
     found = [
         level["quantization_config"]
-        for level in (config, parts.fields.data)
+        for level in levels
         if level.get("quantization_config") is not None
     ]
     if not found:
+        for other in _OTHER_FIELDS:
+            if any(level.get(other) is not None for level in levels):
+                msg = (
+                    f"weights are quantised as config field {other} says, which kvcalc does not "
+                    f"read; give a folder of its safetensors files; deciding field: {other}"
+                )
+                raise UnsupportedError(msg)
         key, name = _declared_dtype(config, parts)
         return _plain(parts, name, f"by config field {key}")
     quantization = found[0]
@@ -63,17 +80,17 @@ def _value_bytes(name: str) -> int:
     return storage_format(name).block_bytes
 
 
-def _dtype(value: object, key: str) -> str:
+_OTHER_FIELDS: Final = ("compression_config", "quantization")
+"""Where compressed-tensors before 0.6 and MLX write how weights are quantised."""
+
+
+def _dtype(value: object) -> str:
+    """The name of a plain dtype; empty where it is none."""
     try:
         name = storage_format(value).name if isinstance(value, str) else ""
     except InputError:
         name = ""
-    if name not in COMPUTE_DTYPES:
-        msg = (
-            f"{key} {shown(value)} is no plain dtype of weights; choose {', '.join(COMPUTE_DTYPES)}"
-        )
-        raise InputError(msg)
-    return name
+    return name if name in COMPUTE_DTYPES else ""
 
 
 def _declared_dtype(config: Mapping[str, Any], parts: Parts) -> tuple[str, str]:
@@ -82,8 +99,18 @@ def _declared_dtype(config: Mapping[str, Any], parts: Parts) -> tuple[str, str]:
         for key in ("dtype", "torch_dtype"):
             value = level.get(key)
             if value is not None and value != "auto":
-                return prefix + key, _dtype(value, f"config field {prefix}{key}")
-    msg = "this config names no dtype of its weights; give one; deciding field: dtype"
+                name = _dtype(value)
+                if not name:
+                    msg = (
+                        f"config field {prefix}{key} {shown(value)} is no plain dtype of weights "
+                        f"({', '.join(COMPUTE_DTYPES)}); correct it, or give --weights"
+                    )
+                    raise ConfigError(msg)
+                return prefix + key, name
+    msg = (
+        "this config names no dtype of its weights; give a config.json that says torch_dtype; "
+        "deciding field: dtype"
+    )
     raise UnsupportedError(msg)
 
 
@@ -109,6 +136,7 @@ def _quantised(config: Mapping[str, Any], parts: Parts, declared: Quantization) 
         chooser = _OneRule(declared, rule)
     value_bytes = _value_bytes(dtype)
     total = value_bytes * parts.num_plain
+    unsure = 0
     quantised = dict.fromkeys((each.name for each in chooser.rules), 0)
     for matrix in parts.matrices:
         total += value_bytes * matrix.bias * matrix.copies
@@ -117,10 +145,12 @@ def _quantised(config: Mapping[str, Any], parts: Parts, declared: Quantization) 
             total += value_bytes * matrix.num_values
         else:
             total += matrix.copies * found.bytes_of(matrix, declared)
+            unsure += matrix.copies * found.unsure_bytes if isinstance(found, Rule) else 0
             quantised[found.name] += matrix.num_values
     counted = ", ".join(f"{name} for {count:,} values" for name, count in quantised.items())
     line = f"{counted}, else {dtype} by {key}"
-    return Stored(total, "+".join(quantised), line, chooser.notes)
+    least = total - unsure if unsure else None
+    return Stored(total, "+".join(quantised), line, chooser.notes, least)
 
 
 class _OneRule:
@@ -227,9 +257,13 @@ def _nvfp4(declared: Quantization) -> Rule:
     """ModelOpt's nvfp4: an fp8 scale for 16 values, `weight_scale_2` and `input_scale` in fp32."""
     if declared.data.get("ignore") is None and declared.data.get("exclude_modules") is None:
         raise unknown(declared, "ignore", "this config does not say what it leaves out")
-    weights = only_group(declared)
-    if weights.get("num_bits") != 4 or weights.get("group_size") != 16:
-        raise unknown(declared, "config_groups", "only 4 bits in groups of 16 are known")
+    if declared.data.get("config_groups") is None and "group_size" in declared.data:
+        if declared.count("group_size") != 16:  # hf_quant_config.json has no groups of modules
+            raise unknown(declared, "group_size", "only groups of 16 are known")
+    else:
+        weights = only_group(declared)
+        if weights.get("num_bits") != 4 or weights.get("group_size") != 16:
+            raise unknown(declared, "config_groups", "only 4 bits in groups of 16 are known")
     return Rule("nvfp4", (2, 1), (1, 16), scale_bytes=1, more_bytes=2 * SCALE, notes=CACHE_SCALES)
 
 

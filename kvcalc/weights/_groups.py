@@ -6,6 +6,7 @@ unified_export_hf.py: experts apart, each with scales of its own); a config choo
 compressed-tensors' utils/match.py does.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final, NamedTuple, TypeGuard
 
@@ -119,23 +120,52 @@ class Chooser:
 
 class MixedPrecision(Chooser):
     """ModelOpt's MIXED_PRECISION: each module by the group that names it (`…mlp.experts` names all
-    matrices of the experts), fp8 or nvfp4; others keep the model's dtype.
+    matrices of the experts), or by its own entry in `quantized_layers` where there are no groups;
+    fp8 or nvfp4; others keep the model's dtype.
     """
-
-    notes = CACHE_SCALES
 
     def __init__(self, declared: Quantization, parts: Parts, value_bytes: int) -> None:
         super().__init__(declared, parts, value_bytes)
-        for index, group in enumerate(self.groups()):
-            self.rules.append(self._rule(group))
-            self.name_all(index, self.targets(group))
+        self.notes: tuple[str, ...] = CACHE_SCALES
+        key = "config_groups"
+        if declared.data.get(key) is None and declared.data.get("quantized_layers") is not None:
+            key = "quantized_layers"
+            self._read_layers({matrix.name: matrix.copies for matrix in parts.matrices})
+        else:
+            for index, group in enumerate(self.groups()):
+                self.rules.append(self._rule(group))
+                self.name_all(index, self.targets(group))
         known = {self._name(matrix) for matrix in parts.matrices}
         known |= {matrix.name for matrix in parts.matrices}
         for name in self.names:
             if name not in known and not elsewhere(name):
-                raise unknown(
-                    self.declared, "config_groups", f"{shown(name)} is no module that is known here"
-                )
+                raise unknown(self.declared, key, f"{shown(name)} is no module that is known here")
+
+    def _read_layers(self, copies: Mapping[str, int]) -> None:
+        """Names with a format each. Experts have one each, too: all of a layer must have the same,
+        of which `copies` says how many there are.
+        """
+        layers = condensed(self.declared.data["quantized_layers"])
+        if layers is None:
+            why = "only names with a format each, and all experts of a layer alike, are known"
+            raise unknown(self.declared, "quantized_layers", why)
+        indices: dict[tuple[object, object], int] = {}
+        for name, (entry, experts) in layers.items():
+            below = below_decoder(name)
+            if experts not in (0, copies.get(below, experts)):
+                why = f"of {shown(name)} some experts are left out"
+                raise unknown(self.declared, "quantized_layers", why)
+            kind = entry.get("quant_algo"), entry.get("group_size")
+            rule = _LAYER_RULES.get(kind) if all(map(_is_plain, kind)) else None
+            if rule is None:
+                why = "only FP8, and NVFP4 and W4A16_NVFP4 in groups of 16 are known"
+                raise unknown(self.declared, "quantized_layers", why)
+            if kind not in indices:
+                indices[kind] = len(self.rules)
+                self.rules.append(rule)
+                self.notes += rule.notes
+            if self.names.setdefault(below, indices[kind]) != indices[kind]:
+                raise unknown(self.declared, "quantized_layers", f"{shown(name)} has two formats")
 
     @staticmethod
     def _name(matrix: Matrix) -> str:
@@ -148,9 +178,9 @@ class MixedPrecision(Chooser):
             raise unknown(self.declared, "config_groups", "only static scales of inputs are known")
         kind = _kind(weights) if isinstance(weights, Mapping) else None
         if kind == ("float", 8, None):
-            return Rule("fp8", (1, 1), None, more_bytes=SCALE)
+            return _FP8
         if kind == ("float", 4, 16):
-            return Rule("nvfp4", (2, 1), (1, 16), scale_bytes=1, more_bytes=2 * SCALE)
+            return _NVFP4
         raise unknown(
             self.declared, "config_groups", "only fp8 and nvfp4 in groups of 16 are known"
         )
@@ -165,6 +195,53 @@ class MixedPrecision(Chooser):
                 self.declared, "ignore", f"a group has {matrix.name}, which this list leaves out"
             )
         return self.rules[index]
+
+
+_FP8: Final = Rule("fp8", (1, 1), None, more_bytes=SCALE)
+_NVFP4: Final = Rule("nvfp4", (2, 1), (1, 16), scale_bytes=1, more_bytes=2 * SCALE)
+_LAYER_RULES: Final[Mapping[tuple[object, object], Rule]] = {
+    ("FP8", None): _FP8,
+    ("NVFP4", 16): _NVFP4,
+    ("W4A16_NVFP4", 16): _NVFP4._replace(
+        unsure_bytes=SCALE,
+        notes=(
+            "scales of the inputs of W4A16 matrices, which some writers leave out, are counted",
+        ),
+    ),
+}
+"""By `quant_algo` and `group_size`. ModelOpt writes `input_scale` where inputs are quantised, and
+W4A16 says that they are not; published files (Qwen3.6-35B-A3B-NVFP4) have it all the same.
+"""
+
+_EXPERT: Final = re.compile(r"(.{1,400}\.experts)\.(0|[1-9]\d{0,5})\.(\w{1,80})")
+
+
+def condensed(layers: object) -> dict[str, tuple[Mapping[str, Any], int]] | None:
+    """What `quantized_layers` says of each module, with all experts of a layer (`…experts.up_proj`)
+    as one, and their number, else 0. None where it is no such field, or experts differ.
+    """
+    if not isinstance(layers, Mapping) or not 0 < len(layers) <= MAX_NAMES:
+        return None
+    found: dict[str, Mapping[str, Any]] = {}
+    experts: dict[str, set[int]] = {}
+    for name, entry in layers.items():
+        if not isinstance(name, str) or len(name) > MAX_NAME or not isinstance(entry, Mapping):
+            return None
+        expert = _EXPERT.fullmatch(name)
+        key = f"{expert[1]}.{expert[3]}" if expert else name
+        if (key in found) != (expert is not None and key in experts):
+            return None
+        if found.setdefault(key, entry) != entry:
+            return None
+        if expert:
+            experts.setdefault(key, set()).add(int(expert[2]))
+    if any(max(numbers) >= len(numbers) for numbers in experts.values()):
+        return None
+    return {name: (entry, len(experts.get(name, ()))) for name, entry in found.items()}
+
+
+def _is_plain(value: object) -> bool:
+    return value is None or isinstance(value, str | int)
 
 
 def _kind(weights: Mapping[str, Any]) -> tuple[object, object, object]:

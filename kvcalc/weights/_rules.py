@@ -68,7 +68,7 @@ def unknown(declared: "Quantization", key: str, why: str) -> UnsupportedError:
     """The error to raise for a format that is not known exactly."""
     msg = (
         f"the bytes of weights with quantization_config.{key} = {shown(declared.data.get(key))} "
-        f"are not known exactly ({why}); give a plain dtype or a folder of safetensors files; "
+        f"are not known exactly ({why}); give a folder of its safetensors files; "
         f"deciding field: quantization_config.{key}"
     )
     return UnsupportedError(msg)
@@ -166,6 +166,8 @@ class Rule(NamedTuple):
     scale_bytes: int = SCALE
     more_bytes: int = 0
     """Bytes for the matrix beside payload and scales."""
+    unsure_bytes: int = 0
+    """How many of these some writers leave out."""
     whole_groups: bool = True
     """Whether the columns of a matrix must be a whole number of blocks."""
     zero_points: bool = False

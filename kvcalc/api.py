@@ -319,7 +319,7 @@ def changes_that_fit(
 
     found = first("kv-dtype", ["fp8"])
     if "gpu" in deployment:
-        ranks = (2**power for power in range(1, 7) if 2**power > report.size.tp)
+        ranks = (2**power for power in range(1, 7) if 2**power > report.plan.tp)
         found += first("tp", ranks)
         found += first("gpu", (gpu.id for gpu in _larger_gpus(deployment["gpu"])))
     if report.max_tokens_range[0]:

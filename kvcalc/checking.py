@@ -19,7 +19,7 @@ from kvcalc import api
 from kvcalc.data import profiles_folder
 from kvcalc.device import AUTO
 from kvcalc.dtypes import storage_format
-from kvcalc.engines import Plan, load_engine, read_options
+from kvcalc.engines import load_engine, read_options
 from kvcalc.errors import (
     ConfigError,
     GatedModelError,
@@ -262,16 +262,20 @@ class CheckReport(NamedTuple):
         return told
 
 
-def check(files: Sequence[Path], *, baseline: Path | None = None) -> CheckReport:
+def check(
+    files: Sequence[Path], *, baseline: Path | None = None, every_figure: bool = True
+) -> CheckReport:
     """Check the deployments of these files, and tell them from those of an earlier run's JSON.
 
+    With `every_figure` false the longest sequence is looked for only where something is required
+    of it.
     What is wrong with a file or a deployment stands in the report; InputError is raised for a
     baseline that is none.
     """
     old = read_baseline(baseline) if baseline else None
     results: list[Result] = []
     errors: list[tuple[Place, InputError]] = []
-    runs = _Runs()
+    runs = _Runs(every_figure=every_figure)
     for file in dict.fromkeys(files):
         try:
             deployments = read_checks(file)
@@ -562,7 +566,8 @@ def _requirement(place: Place, node: Node) -> Requirement:
 class _Runs:
     """Reads each model once, and fits alike deployments once."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, every_figure: bool) -> None:
+        self._every_figure = every_figure
         self._models: dict[tuple[str, str | None], Any] = {}
         self._fits: dict[str, FitReport | KvcalcError] = {}
         self._tokens: dict[tuple[Any, ...], int | None] = {}
@@ -586,15 +591,14 @@ class _Runs:
             if isinstance(error, PlacedError):
                 place = error.place
             return Result(deployment, {}, {}, (), error, place)
-        size = report.size
         facts = {
-            "resolved_model": size.origin.resolved,
+            "resolved_model": report.origin.resolved,
             "gpu": deployment.gpu or None,
-            "engine": size.engine,
-            "kv_dtype": size.kv_dtype,
-            "tp": size.tp,
-            "pp": size.pp,
-            "seq_tokens": size.seq_tokens,
+            "engine": report.engine,
+            "kv_dtype": report.kv_dtype,
+            "tp": report.plan.tp,
+            "pp": report.plan.pp,
+            "seq_tokens": report.seq_tokens,
             "concurrency": report.concurrency,
             "prefix_share": float(deployment.prefix_share),
         }
@@ -634,33 +638,28 @@ class _Runs:
             "kv_bytes_per_token": self._bytes_per_token(deployment, model, report),
             "weights": report.weights_bytes,
         }
-        points = [(report.balance_bytes, report.max_concurrency, report.max_tokens)]
-        if report.balance_range != (report.balance_bytes,) * 2:
-            points += zip(
-                report.balance_range,
-                report.max_concurrency_range,
-                report.max_tokens_range,
-                strict=True,
-            )
         shared = _shared_bytes(deployment, model, report) if deployment.prefix_share else None
-        return [_at(report, *point, shared=shared) | fixed for point in points]
+        ends = () if report.balance_range == (report.balance_bytes,) * 2 else (0, 1)
+        longest = self._every_figure or any(
+            requirement.figure == "max_tokens" for requirement in deployment.requirements
+        )
+        return [_at(report, end, shared, longest=longest) | fixed for end in (None, *ends)]
 
     def _bytes_per_token(
         self, deployment: Deployment, model: api.Model, report: FitReport
     ) -> int | None:
-        size = report.size
-        key = (deployment.model, deployment.given.get("revision"), size.kv_dtype, size.seq_tokens)
+        tokens = report.seq_tokens
+        key = (deployment.model, deployment.given.get("revision"), report.kv_dtype, tokens)
         if key not in self._tokens:
             try:
                 taken, _ = rank_bytes(
                     model.architecture,
-                    kv_dtype=size.kv_dtype,
+                    kv_dtype=report.kv_dtype,
                     engine="model",
                     tp=1,
                     pp=1,
                     options={},
                 )
-                tokens = size.seq_tokens
                 self._tokens[key] = taken(tokens + 1, 1) - taken(tokens, 1)
             except KvcalcError:  # what it needs (an encoder's length) is not asked here
                 self._tokens[key] = None
@@ -668,26 +667,27 @@ class _Runs:
 
 
 def _at(
-    report: FitReport,
-    balance: int,
-    most: int,
-    longest: int,
-    *,
-    shared: tuple[int, int] | None,
+    report: FitReport, end: int | None, shared: tuple[int, int] | None, *, longest: bool
 ) -> _Figures:
-    """The figures that depend on how much memory there is; `shared` are one sequence's bytes and
-    those of them that all share.
+    """The figures that depend on how much memory there is: as it is estimated, or at an `end` of
+    its range; `shared` are one sequence's bytes and those of them that all share.
     """
+    balance, most = report.balance_bytes, report.max_concurrency
+    if end is not None:
+        balance, most = report.balance_range[end], report.max_concurrency_range[end]
     needed, available = report.needed_bytes, max(balance, 0)
+    tokens: int | None = None
     if shared is not None:
         one, common = shared
         needed = report.concurrency * one - (report.concurrency - 1) * common
         most = min((available - common) // (one - common), MAX_BATCH) if available >= one else 0
+    elif longest:
+        tokens = report.max_tokens if end is None else report.max_tokens_range[end]
     return {
         "fits": needed <= available,
         "headroom": balance - needed,
         "max_concurrency": most,
-        "max_tokens": None if shared else longest,
+        "max_tokens": tokens,
         "needed": needed,
         "kv_memory": available,
     }
@@ -702,15 +702,13 @@ def _shared_bytes(deployment: Deployment, model: api.Model, report: FitReport) -
     keep other blocks, drafts give up the last shared one, and other engines share by other rules:
     refused.
     """
-    size = report.size
     parts = [part for layer in model.architecture.layers for part in layer.parts()]
     plain = all(
         isinstance(part, FullAttention | LatentAttention | IndexKeys | NoCache) for part in parts
     )
-    options = deployment.given.get("options", {})
-    told = read_options(size.engine, load_engine(size.engine).OPTIONS, options)
+    told = report.plan.options
     reasons = {
-        f"engine {size.engine}": size.engine != "vllm",
+        f"engine {report.engine}": report.engine != "vllm",
         "windows or states": not plain,
         "prefix caching off": told.get("enable_prefix_caching") is False,
         "drafted tokens": bool(told.get("num_speculative_tokens") or told.get("mtp")),
@@ -721,23 +719,10 @@ def _shared_bytes(deployment: Deployment, model: api.Model, report: FitReport) -
             raise UnsupportedError(msg)
     from kvcalc.engines.vllm import pool
 
-    plan = Plan(size.seq_tokens, 1, storage_format(size.kv_dtype), size.tp, size.pp, told)
-    block = pool(model.architecture, plan).block_size
-
-    def one(tokens: int) -> int:
-        return api.size_point(
-            model.architecture,
-            model.origin,
-            seq=tokens,
-            kv_dtype=size.kv_dtype,
-            engine=size.engine,
-            tp=size.tp,
-            pp=size.pp,
-            options=options,
-        ).bytes_per_rank
-
-    prefix = int(size.seq_tokens * deployment.prefix_share) // block * block
-    return one(size.seq_tokens), one(prefix) if prefix else 0
+    block = pool(model.architecture, report.plan).block_size
+    prefix = int(report.seq_tokens * deployment.prefix_share) // block * block
+    shared = report.needed_for(prefix, 1) if prefix else 0
+    return report.needed_for(report.seq_tokens, 1), shared
 
 
 def _outcome(requirement: Requirement, figures: _Figures, ends: Sequence[_Figures]) -> Outcome:

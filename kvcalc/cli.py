@@ -265,7 +265,8 @@ def check(
         raise InputError(msg)
     else:
         files = files or [starter]
-        report = checking.check(files, baseline=baseline)
+        told = json or out is not None or baseline is not None
+        report = checking.check(files, baseline=baseline, every_figure=told)
         checked.publish(report, json=json, junit=junit, out=out)
         raise typer.Exit(report.exit_code)
 

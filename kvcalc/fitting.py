@@ -5,11 +5,13 @@ or requests never take less. How much memory there is, is worked out in `kvcalc.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from math import inf
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from kvcalc.budget import BudgetLine, available, available_range
-from kvcalc.engines import load_engine
+from kvcalc.engines import Plan, load_engine
 from kvcalc.errors import InputError
 from kvcalc.families import Architecture
 from kvcalc.origin import Origin
@@ -22,11 +24,13 @@ if TYPE_CHECKING:
 SCHEMA = "kvcalc.fit/1"
 
 
-class FitReport(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class FitReport:
     """What one rank's memory for the cache holds. Bytes are of one rank, the most loaded one.
 
-    - `needed_bytes` for `concurrency` requests of `seq_tokens` tokens, and `headroom_bytes` beyond
-      them, negative where they do not fit, by as much as the weights do not fit, too;
+    - `needed_bytes` for `concurrency` requests of `seq_tokens` tokens (`needed_for` any tokens and
+      requests), and `headroom_bytes` beyond them, negative where they do not fit, by as much as the
+      weights do not fit, too;
     - `max_concurrency`: most requests of `seq_tokens` at once; `max_tokens`: the longest sequence
       for each of `concurrency` requests (0 where none fits);
     - `printed`: what the engine itself says of such a pool, by its own names;
@@ -34,21 +38,102 @@ class FitReport(NamedTuple):
       weights on all ranks, None where they are not among them or assumed in part, `weights_notes`
       what to know of them;
     - each `_range`: the least and the most, where terms are estimates; both the same where not.
+
+    What takes a search is looked for when it is asked for.
     """
 
-    size: SizeReport
-    available_bytes: int
+    origin: Origin
+    engine: str
+    plan: Plan
     budget: tuple[BudgetLine, ...]
     weights_bytes: int | None
     weights_notes: tuple[str, ...]
-    concurrency: int
     needed_bytes: int
-    max_concurrency: int
-    max_tokens: int
-    printed: Mapping[str, int | float | bool]
-    available_range: tuple[int, int]
-    max_concurrency_range: tuple[int, int]
-    max_tokens_range: tuple[int, int]
+    needed_for: Callable[[int, int], int]
+    _architecture: Architecture
+    _point: Mapping[str, Any]
+
+    @property
+    def concurrency(self) -> int:
+        """Requests at once."""
+        return self.plan.batch
+
+    @property
+    def seq_tokens(self) -> int:
+        """Tokens of each."""
+        return self.plan.tokens
+
+    @property
+    def kv_dtype(self) -> str:
+        """What the cache is kept in."""
+        return self.plan.dtype.name
+
+    @property
+    def available_bytes(self) -> int:
+        """What the budget leaves for the cache."""
+        return available(self.budget)
+
+    @cached_property
+    def available_range(self) -> tuple[int, int]:
+        """What it leaves at least and at most."""
+        return available_range(self.budget)
+
+    @cached_property
+    def size(self) -> SizeReport:
+        """The cache of the requests, layer by layer."""
+        return size_architecture(
+            self._architecture,
+            origin=self.origin,
+            seq_tokens=self.seq_tokens,
+            batch=self.concurrency,
+            **self._point,
+        )
+
+    @cached_property
+    def printed(self) -> Mapping[str, int | float | bool]:
+        """What the engine says."""
+        room = getattr(load_engine(self.engine), "room", None)
+        return room(self._architecture, self.plan, self.available_bytes) if room else {}
+
+    @cached_property
+    def max_concurrency(self) -> int:
+        """Most requests."""
+        return self._most_requests(self.available_bytes)
+
+    @cached_property
+    def max_concurrency_range(self) -> tuple[int, int]:
+        """Most requests, at least and at most."""
+        return self._range(self.max_concurrency, self._most_requests)
+
+    @cached_property
+    def max_tokens(self) -> int:
+        """Most tokens."""
+        return self._most_tokens(self.available_bytes)
+
+    @cached_property
+    def max_tokens_range(self) -> tuple[int, int]:
+        """Most tokens, at least and at most."""
+        return self._range(self.max_tokens, self._most_tokens)
+
+    def _range(self, central: int, most: Callable[[int], int]) -> tuple[int, int]:
+        if self.available_range == (self.available_bytes,) * 2:
+            return central, central
+        least, largest = map(most, self.available_range)
+        return least, largest
+
+    def _most_requests(self, memory: int) -> int:
+        tokens, batch = self.seq_tokens, self.concurrency
+        return _largest(lambda most: self._takes(tokens, most), memory, MAX_BATCH, batch, 1)
+
+    def _most_tokens(self, memory: int) -> int:
+        tokens, batch = self.seq_tokens, self.concurrency
+        return _largest(lambda most: self._takes(most, batch), memory, MAX_TOKENS, tokens, 16)
+
+    def _takes(self, tokens: int, batch: int) -> float:
+        try:
+            return self.needed_for(tokens, batch)
+        except InputError:  # an option of the user's bounds what there is room for
+            return inf
 
     @property
     def fits(self) -> bool:
@@ -81,13 +166,13 @@ class FitReport(NamedTuple):
         """The report as JSON-ready data; the schema is `kvcalc.fit/1`."""
         return {
             "schema": SCHEMA,
-            "model": self.size.origin.requested,
-            "resolved_model": self.size.origin.resolved,
-            "engine": self.size.engine,
-            "kv_dtype": self.size.kv_dtype,
-            "tp": self.size.tp,
-            "pp": self.size.pp,
-            "seq_tokens": self.size.seq_tokens,
+            "model": self.origin.requested,
+            "resolved_model": self.origin.resolved,
+            "engine": self.engine,
+            "kv_dtype": self.kv_dtype,
+            "tp": self.plan.tp,
+            "pp": self.plan.pp,
+            "seq_tokens": self.seq_tokens,
             "concurrency": self.concurrency,
             "kv_cache_bytes_per_rank": self.available_bytes,
             "budget": [line._asdict() for line in self.budget],
@@ -125,9 +210,8 @@ def fit_architecture(
     Raises InputError for a value out of range and UnsupportedError where the engine has no exact
     size for the model.
     """
+    check_count(seq_tokens, name="seq", most=MAX_TOKENS)
     check_count(concurrency, name="concurrency", most=MAX_BATCH)
-    available_bytes = available(budget)
-
     point: dict[str, Any] = {
         "kv_dtype": kv_dtype,
         "engine": engine,
@@ -135,46 +219,18 @@ def fit_architecture(
         "pp": pp,
         "options": options or {},
     }
-
-    report = size_architecture(
-        architecture, origin=origin, seq_tokens=seq_tokens, batch=concurrency, **point
-    )
     needed_by, plan = rank_bytes(architecture, **point)
-    plan = plan._replace(tokens=seq_tokens, batch=concurrency)
-
-    def takes(tokens: int, batch: int) -> float:
-        try:
-            return needed_by(tokens, batch)
-        except InputError:  # an option of the user's bounds what there is room for
-            return inf
-
-    room = getattr(load_engine(engine), "room", None)
-    bounds = available_range(budget)
-
-    def most(memory: int) -> tuple[int, int]:
-        """Most requests at once, and the longest sequence."""
-        return (
-            _largest(lambda batch: takes(seq_tokens, batch), memory, MAX_BATCH, concurrency, 1),
-            _largest(lambda tokens: takes(tokens, concurrency), memory, MAX_TOKENS, seq_tokens, 16),
-        )
-
-    found = {memory: most(memory) for memory in {available_bytes, *bounds}}
-    requests, tokens = found[available_bytes]
-    fewest, largest = (found[memory] for memory in bounds)
     return FitReport(
-        size=report,
-        available_bytes=available_bytes,
+        origin=origin,
+        engine=engine,
+        plan=plan._replace(tokens=seq_tokens, batch=concurrency),
         budget=budget,
         weights_bytes=weights.num_bytes if weights and weights.least_bytes is None else None,
         weights_notes=weights.notes if weights else (),
-        concurrency=concurrency,
-        needed_bytes=report.bytes_per_rank,
-        max_concurrency=requests,
-        max_tokens=tokens,
-        printed=room(architecture, plan, available_bytes) if room else {},
-        available_range=bounds,
-        max_concurrency_range=(fewest[0], largest[0]),
-        max_tokens_range=(fewest[1], largest[1]),
+        needed_bytes=needed_by(seq_tokens, concurrency),
+        needed_for=needed_by,
+        _architecture=architecture,
+        _point=point,
     )
 
 

@@ -154,7 +154,7 @@ def plan(
     found: dict[tuple[str, str], list[Deployment]] = {}
     for kv_dtype, kind in product(kv_dtypes, known):
         if fits := search.fewest(kind, kv_dtype):
-            found[kind.key, fits[0].size.kv_dtype] = [_deployment(kind, fit) for fit in fits]
+            found[kind.key, fits[0].kv_dtype] = [_deployment(kind, fit) for fit in fits]
     deployments = [one for of_a_kind in found.values() for one in of_a_kind]
     unpriced = _unpriced(deployments, prices)
     return PlanReport(
@@ -221,12 +221,12 @@ def _key(said: str, gpu: Gpu) -> str:
 
 
 def _deployment(kind: _Kind, fit: FitReport) -> Deployment:
-    tp, pp, price = fit.size.tp, fit.size.pp, kind.price
+    tp, pp, price = fit.plan.tp, fit.plan.pp, kind.price
     return Deployment(
         gpu=kind.gpu.id,
         tp=tp,
         pp=pp,
-        kv_dtype=fit.size.kv_dtype,
+        kv_dtype=fit.kv_dtype,
         memory_bytes=tp * pp * kind.total_bytes,
         fit=fit,
         price_per_hour=price and price._replace(value=tp * pp * price.value),
@@ -254,8 +254,8 @@ class _Search:
         pipeline stages, also that of the fewest tensor-parallel ranks alone, up to twice as many.
         """
         fits = list(islice(self._fitting(kind, kv_dtype, self._shapes(kind.most)), 1))
-        if fits and fits[0].size.pp > 1:
-            fewest = fits[0].size.tp * fits[0].size.pp
+        if fits and fits[0].plan.pp > 1:
+            fewest = fits[0].plan.tp * fits[0].plan.pp
             more = range(fewest + 1, min(2 * fewest, kind.most) + 1)
             alone = ((tp, 1) for tp in more if self._heads % tp == 0)
             fits += islice(self._fitting(kind, kv_dtype, alone), 1)
@@ -319,7 +319,7 @@ class _Search:
         weights = ceil_div(self.first.weights_bytes or 0, tp * pp)
         if weights > kind.total_bytes:
             return weights
-        defaults = engine_defaults(self.first.size.engine, kind.gpu)
+        defaults = engine_defaults(self.first.engine, kind.gpu)
         key = (kv_dtype, tp, pp, *defaults.values())
         if key not in self._least:
             try:
@@ -338,12 +338,12 @@ class _Search:
         cache, _ = rank_bytes(
             self._model.architecture,
             kv_dtype=kv_dtype,
-            engine=first.size.engine,
+            engine=first.engine,
             tp=tp,
             pp=pp,
             options={**defaults, **(self._point.get("options") or {})},
         )
-        return cache(first.size.seq_tokens, first.concurrency)
+        return cache(first.seq_tokens, first.concurrency)
 
     def left_out(self, kinds: Sequence[_Kind], kv_dtypes: Sequence[str]) -> tuple[LeftOut, ...]:
         """The GPUs and dtypes that were refused before any number of them did; raises the first

@@ -226,6 +226,12 @@ def print_fit(report: FitReport, changes: Sequence[str]) -> None:
         figures = ", ".join(f"{name} {_printed(value)}" for name, value in report.printed.items())
         print_folded(out, "engine says".ljust(widest), figures)
     out.print()
+    _print_sources(out, report)
+
+
+def _print_sources(out: Console, report: FitReport) -> None:
+    """Where each term and the cache's bytes come from."""
+    size = report.size
     for term in report.budget if len(report.budget) > 1 else ():
         print_folded(out, f"{term.name}: ", term.source, "dim")
     for line in provenance(size):

@@ -570,7 +570,7 @@ class _Runs:
         self._every_figure = every_figure
         self._models: dict[tuple[str, str | None], Any] = {}
         self._fits: dict[str, FitReport | KvcalcError] = {}
-        self._tokens: dict[tuple[Any, ...], int | None] = {}
+        self._taken: dict[tuple[Any, ...], Callable[[int, int], int]] = {}
 
     def result(self, deployment: Deployment) -> Result:
         """Fit a deployment and hold it to its requirements."""
@@ -648,11 +648,11 @@ class _Runs:
     def _bytes_per_token(
         self, deployment: Deployment, model: api.Model, report: FitReport
     ) -> int | None:
+        key = (deployment.model, deployment.given.get("revision"), report.kv_dtype)
         tokens = report.seq_tokens
-        key = (deployment.model, deployment.given.get("revision"), report.kv_dtype, tokens)
-        if key not in self._tokens:
-            try:
-                taken, _ = rank_bytes(
+        try:
+            if key not in self._taken:
+                self._taken[key], _ = rank_bytes(
                     model.architecture,
                     kv_dtype=report.kv_dtype,
                     engine="model",
@@ -660,10 +660,10 @@ class _Runs:
                     pp=1,
                     options={},
                 )
-                self._tokens[key] = taken(tokens + 1, 1) - taken(tokens, 1)
-            except KvcalcError:  # what it needs (an encoder's length) is not asked here
-                self._tokens[key] = None
-        return self._tokens[key]
+            taken = self._taken[key]
+            return taken(tokens + 1, 1) - taken(tokens, 1)
+        except KvcalcError:  # what it needs (an encoder's length) is not asked here
+            return None
 
 
 def _at(

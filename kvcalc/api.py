@@ -322,8 +322,11 @@ def changes_that_fit(
         ranks = (2**power for power in range(1, 7) if 2**power > report.plan.tp)
         found += first("tp", ranks)
         found += first("gpu", (gpu.id for gpu in _larger_gpus(deployment["gpu"])))
-    if report.max_tokens_range[0]:
-        found.append(f"--seq {report.max_tokens_range[0]}")
+    longest = report.max_tokens_range[0]
+    if own := report.size.max_tokens:
+        longest = min(longest, own)
+    if 0 < longest < report.seq_tokens:
+        found.append(f"--seq {longest}")
     if report.max_concurrency_range[0]:
         found.append(f"--concurrency {report.max_concurrency_range[0]}")
     return found

@@ -34,7 +34,7 @@ from kvcalc.fitting import FitReport
 from kvcalc.hardware import is_file, named_gpu
 from kvcalc.layers import FullAttention, LatentAttention
 from kvcalc.layers.mixed import IndexKeys, NoCache
-from kvcalc.sizing import MAX_BATCH, MAX_RANKS, rank_bytes
+from kvcalc.sizing import MAX_BATCH, MAX_RANKS, beyond_maximum, rank_bytes
 from kvcalc.sources.local import SUFFIXES
 from kvcalc.strict_yaml import (
     Fields,
@@ -158,7 +158,7 @@ class Outcome(NamedTuple):
 
 class Result(NamedTuple):
     """A deployment's figures (None: not known) and outcomes, or the error, and the place it is
-    about.
+    about; `note` is what makes nothing fail.
     """
 
     deployment: Deployment
@@ -167,6 +167,7 @@ class Result(NamedTuple):
     outcomes: tuple[Outcome, ...]
     error: KvcalcError | None = None
     error_place: Place | None = None
+    note: str = ""
 
     @property
     def status(self) -> str:
@@ -193,7 +194,7 @@ class Result(NamedTuple):
                 {
                     "line": outcome.requirement.place.line,
                     "text": outcome.requirement.text,
-                    "holds": outcome.holds,
+                    "holds": outcome.holds if outcome.ends is None else None,
                     "found": float(outcome.found)
                     if isinstance(outcome.found, Fraction)
                     else outcome.found,
@@ -201,6 +202,7 @@ class Result(NamedTuple):
                 }
                 for outcome in self.outcomes
             ],
+            "note": self.note,
             "error": None
             if self.error is None
             else {"exit_code": self.error.exit_code, "message": str(self.error)},
@@ -602,7 +604,8 @@ class _Runs:
             "concurrency": report.concurrency,
             "prefix_share": float(deployment.prefix_share),
         }
-        return Result(deployment, figures, facts, outcomes)
+        note = beyond_maximum(model.architecture, report.seq_tokens)
+        return Result(deployment, figures, facts, outcomes, note=note)
 
     def _model(self, deployment: Deployment) -> api.Model:
         key = (deployment.model, deployment.given.get("revision"))
@@ -672,19 +675,25 @@ def _at(
     """The figures that depend on how much memory there is: as it is estimated, or at an `end` of
     its range; `shared` are one sequence's bytes and those of them that all share.
     """
-    balance, most = report.balance_bytes, report.max_concurrency
-    if end is not None:
-        balance, most = report.balance_range[end], report.max_concurrency_range[end]
+    balance = report.balance_bytes if end is None else report.balance_range[end]
     needed, available = report.needed_bytes, max(balance, 0)
     tokens: int | None = None
-    if shared is not None:
+    if shared is None:
+        most = report.max_concurrency if end is None else report.max_concurrency_range[end]
+        if longest:
+            tokens = report.max_tokens if end is None else report.max_tokens_range[end]
+    else:
         one, common = shared
-        needed = report.concurrency * one - (report.concurrency - 1) * common
+
+        def needs(requests: int) -> int:
+            return requests * one - (requests - 1) * common
+
+        needed = needs(report.concurrency)
         most = min((available - common) // (one - common), MAX_BATCH) if available >= one else 0
-    elif longest:
-        tokens = report.max_tokens if end is None else report.max_tokens_range[end]
+        while most and not report.fits_in(available, needs(most)):  # beside a block never used
+            most -= 1
     return {
-        "fits": needed <= available,
+        "fits": report.fits_in(available, needed),
         "headroom": balance - needed,
         "max_concurrency": most,
         "max_tokens": tokens,

@@ -182,7 +182,10 @@ def fit(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     json: Json = False,
 ) -> None:
-    """Tell what fits on a GPU, line by line: requests, tokens and headroom."""
+    """Tell what fits on a GPU, line by line: requests, tokens and headroom.
+
+    Exit status: 0 it fits, 1 it does not, 2 bad input, 3 refused, or estimates leave it open.
+    """
     from kvcalc import api
 
     given: dict[str, Any] = {
@@ -222,6 +225,8 @@ def fit(
         from kvcalc.render import text
 
         text.print_fit(report, changes)
+    if not report.sure:
+        raise typer.Exit(UnsupportedError.exit_code)
     raise typer.Exit(0 if report.fits else EXIT_FAILED)
 
 
@@ -265,6 +270,11 @@ def check(
         raise InputError(msg)
     else:
         files = files or [starter]
+        written = [path.resolve() for path in (junit, out) if path is not None]
+        read = {file.resolve() for file in files}
+        if len({*written, *read}) < len(written) + len(read):
+            msg = "--junit and --out must name files of their own, which are written over"
+            raise InputError(msg)
         told = json or out is not None or baseline is not None
         report = checking.check(files, baseline=baseline, every_figure=told)
         checked.publish(report, json=json, junit=junit, out=out)
@@ -300,7 +310,10 @@ def plan(
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
     json: Json = False,
 ) -> None:
-    """List the GPUs, and how many of them, that serve so many requests: least memory first."""
+    """List the GPUs, and how many of them, that serve so many requests: least memory first.
+
+    Exit status: 0 some are listed, 1 none is.
+    """
     from kvcalc import api, planning
 
     report = planning.plan(

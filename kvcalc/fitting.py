@@ -52,6 +52,7 @@ class FitReport:
     needed_for: Callable[[int, int], int]
     _architecture: Architecture
     _point: Mapping[str, Any]
+    _holds: Callable[[Architecture, Plan, int, int], bool] | None
 
     @property
     def concurrency(self) -> int:
@@ -123,28 +124,45 @@ class FitReport:
 
     def _most_requests(self, memory: int) -> int:
         tokens, batch = self.seq_tokens, self.concurrency
-        return _largest(lambda most: self._takes(tokens, most), memory, MAX_BATCH, batch, 1)
+        return _largest(lambda most: self._takes(tokens, most, memory), memory, MAX_BATCH, batch, 1)
 
     def _most_tokens(self, memory: int) -> int:
         tokens, batch = self.seq_tokens, self.concurrency
-        return _largest(lambda most: self._takes(most, batch), memory, MAX_TOKENS, tokens, 16)
+        return _largest(
+            lambda most: self._takes(most, batch, memory), memory, MAX_TOKENS, tokens, 16
+        )
 
-    def _takes(self, tokens: int, batch: int) -> float:
+    def fits_in(self, memory: int, needed_bytes: int | None = None) -> bool:
+        """Whether so much memory holds the requests, or as many that need so many bytes."""
+        needed = self.needed_bytes if needed_bytes is None else needed_bytes
+        return self._fit(self.plan, needed, memory)
+
+    def _fit(self, plan: Plan, needed: int, memory: int) -> bool:
+        """Pools that the engine makes of the memory must have room for them, too."""
+        if needed > memory:
+            return False
+        return self._holds is None or self._holds(self._architecture, plan, needed, memory)
+
+    def _takes(self, tokens: int, batch: int, memory: int) -> float:
+        """Bytes that so many take; no end of them where they are fewer than the memory and yet do
+        not fit, or an option of the user's has no room for them.
+        """
         try:
-            return self.needed_for(tokens, batch)
-        except InputError:  # an option of the user's bounds what there is room for
+            needed = self.needed_for(tokens, batch)
+        except InputError:
             return inf
+        plan = self.plan._replace(tokens=tokens, batch=batch)
+        return needed if needed > memory or self._fit(plan, needed, memory) else inf
 
-    @property
+    @cached_property
     def fits(self) -> bool:
         """Whether the requests fit at once, by the estimates as they stand."""
-        return self.needed_bytes <= self.available_bytes
+        return self.fits_in(self.available_bytes)
 
-    @property
+    @cached_property
     def sure(self) -> bool:
         """Whether that is so wherever in their ranges the estimates lie."""
-        least, most = self.available_range
-        return self.needed_bytes <= least or self.needed_bytes > most
+        return all(self.fits_in(end) == self.fits for end in self.available_range)
 
     @property
     def balance_range(self) -> tuple[int, int]:
@@ -231,6 +249,7 @@ def fit_architecture(
         needed_for=needed_by,
         _architecture=architecture,
         _point=point,
+        _holds=getattr(load_engine(engine), "holds", None),
     )
 
 

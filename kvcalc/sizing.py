@@ -489,14 +489,21 @@ def _notes(
 ) -> Iterator[str]:
     if dtype.name in PAYLOAD_ONLY:
         yield f"{dtype.name} counts the payload alone, without scales"
-    if architecture.max_tokens and seq_tokens > architecture.max_tokens:
-        yield (
-            f"{seq_tokens:,} tokens is beyond the model's own maximum of "
-            f"{architecture.max_tokens:,}"
-        )
+    if beyond := beyond_maximum(architecture, seq_tokens):
+        yield beyond
     if len(architecture.layers) % pp:
         longer = ceil_div(len(architecture.layers), pp)
         yield f"pipeline stages of {longer} layers, then of {longer - 1}"
+
+
+def beyond_maximum(architecture: Architecture, seq_tokens: int) -> str:
+    """A note of more tokens than the model was made for; empty where they are not."""
+    if 0 < architecture.max_tokens < seq_tokens:
+        return (
+            f"{seq_tokens:,} tokens is beyond the model's own maximum of "
+            f"{architecture.max_tokens:,}"
+        )
+    return ""
 
 
 def _replication_note(stored_more: int) -> Iterator[str]:

@@ -264,13 +264,13 @@ def test_an_answer_that_estimates_leave_open_says_so(capsys, monkeypatch):
     command = ["fit", "Qwen/Qwen3-14B", "--gpu", H100, "--seq", "8k", "--concurrency"]
     for concurrency, status, said in (
         (fewest, 0, "left\n"),
-        (report.max_concurrency, 0, "left, but not if estimates are at their most"),
-        (most, 1, "missing, but not if estimates are at their least"),
+        (report.max_concurrency, 3, "left, but not if estimates are at their most"),
+        (most, 3, "missing, but not if estimates are at their least"),
         (most + 1, 1, "missing\n"),
     ):
         assert cli.run([*command, str(concurrency)]) == status
         assert said in capsys.readouterr().out
-    assert cli.run([*command, str(most), "--json"]) == 1
+    assert cli.run([*command, str(most), "--json"]) == 3
     shown = json.loads(capsys.readouterr().out)
     assert shown["sure"] is False
     assert shown["max_concurrency_range"] == [fewest, most]

@@ -38,7 +38,9 @@ class Engine(Protocol):
     """What a module of this package offers.
 
     A serving engine also has `room(architecture, plan, available_bytes)`: what one rank with so
-    much memory for its cache holds, by the names that the engine prints. An engine whose options
+    much memory for its cache holds, by the names that the engine prints. One that gives its memory
+    to pools before requests come has `holds(architecture, plan, needed_bytes, available_bytes)`:
+    whether these hold the plan's requests, which need so many bytes. An engine whose options
     bound what there is room for has `check_point(architecture, plan)`, which raises InputError for
     tokens or a batch beyond that.
     """

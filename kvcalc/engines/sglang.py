@@ -564,10 +564,9 @@ def _check_requests(options: Options, batch: int, *, per_request: int) -> None:
     if slots is not None:
         running = min(running or batch, slots // per_request)
     if running is not None and running < batch:
-        msg = (
-            f"SGLang: {running:,} requests at once are fewer than the batch of {batch:,}; a "
-            f"request may need {per_request} of max_mamba_cache_size"
-        )
+        msg = f"SGLang: {running:,} requests at once are fewer than the batch of {batch:,}"
+        if slots is not None:
+            msg += f"; a request may need {per_request} of max_mamba_cache_size"
         raise InputError(msg)
 
 
@@ -622,7 +621,7 @@ def capacity(
     The budget is what is left for states and KV. The further page of each pool comes on top of it,
     as in SGLang.
     """
-    size = slot_bytes(architecture, dtype=dtype, tp=tp, options=options)
+    size = _slot_bytes(Same(architecture), dtype, tp, Same(options))
     slots = 0
     left = budget_bytes
     if size.state:
@@ -670,6 +669,31 @@ def room(architecture: Architecture, plan: Plan, available_bytes: int) -> dict[s
         "swa_tokens": found.window_tokens,
         "max_mamba_cache_size": found.state_slots,
     }
+
+
+def holds(architecture: Architecture, plan: Plan, needed_bytes: int, available_bytes: int) -> bool:
+    """Whether the requests find tokens and states in the pools, between which the memory of a model
+    with states is divided before they come.
+    """
+    del needed_bytes
+    size = _slot_bytes(Same(architecture), plan.dtype, plan.tp, Same(plan.options))
+    if not size.state:
+        return True
+    found = capacity(
+        architecture, available_bytes, dtype=plan.dtype, tp=plan.tp, options=plan.options
+    )
+    _, per_request = _limits(Same(architecture), Same(plan.options))
+    tokens = found.full_tokens or found.window_tokens
+    return (not size.full or tokens >= plan.batch * plan.tokens) and (
+        found.state_slots >= plan.batch * per_request
+    )
+
+
+@lru_cache(maxsize=8)
+def _slot_bytes(
+    architecture: Same[Architecture], dtype: StorageFormat, tp: int, options: Same[Options]
+) -> SlotBytes:
+    return slot_bytes(architecture.it, dtype=dtype, tp=tp, options=options.it)
 
 
 def transients(

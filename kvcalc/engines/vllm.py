@@ -54,7 +54,7 @@ OPTIONS: Mapping[str, Option] = {
         "count", 8192, "tokens of a step; vllm serve: 2048 under 70 GiB, 16384 from 160 GiB"
     ),
     "max_num_seqs": Option(
-        "count", 256, "requests of a step, which a budget samples; vllm serve: 1024 from 70 GiB"
+        "count", None, "requests at once; vllm serve: 256 under 70 GiB and on an A100, else 1024"
     ),
     "enforce_eager": Option("flag", False, "no CUDA graphs in a budget"),
     "estimate_cudagraphs": Option("flag", True, "graphs in a budget; vLLM before 0.21: false"),
@@ -484,8 +484,15 @@ class _Layout:
 
 
 def check_point(architecture: Architecture, plan: Plan) -> None:
-    """No request is longer than `max_model_len`."""
+    """No request is longer than `max_model_len`, and no more than `max_num_seqs` run at once."""
     del architecture
+    most = plan.options["max_num_seqs"]
+    if most is not None and plan.batch > most:
+        msg = (
+            f"vLLM runs {most:,} requests at once (max_num_seqs), not {plan.batch:,}; --option "
+            f"max_num_seqs={plan.batch} takes more"
+        )
+        raise InputError(msg)
     length = plan.options["max_model_len"]
     if length is not None and 0 < length < plan.tokens:
         msg = (
@@ -777,6 +784,15 @@ def room(
         "needed_for_one_request_bytes": found.needed_bytes,
         "starts": found.fits,
     }
+
+
+def holds(architecture: Architecture, plan: Plan, needed_bytes: int, available_bytes: int) -> bool:
+    """Whether the engine starts, and the requests' blocks are there beside the one that is never
+    used.
+    """
+    blocks = pool(architecture, plan)
+    usable = (available_bytes // blocks.bytes_per_block - 1) * blocks.bytes_per_block
+    return max(needed_bytes, blocks.needed_bytes) <= usable
 
 
 def transients(

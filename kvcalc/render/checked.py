@@ -25,19 +25,19 @@ def publish(report: CheckReport, *, json: bool, junit: Path | None, out: Path | 
 
     Annotations go to standard error, where a runner reads them, too: standard output is data.
     """
-    if junit is not None:
-        _write(junit, junit_xml(report), "w")
-    if out is not None:
-        _write(out, data.json_text(report.to_dict()), "w")
-    if os.environ.get("GITHUB_ACTIONS") == "true":
-        sys.stderr.writelines(f"{line}\n" for line in annotations(report))
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        _write(Path(summary), step_summary(report), "a")
     if json:
         data.write_json(report.to_dict())
     else:
         sys.stdout.write(told(report))
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        sys.stderr.writelines(f"{line}\n" for line in annotations(report))
     sys.stderr.writelines(f"kvcalc: {' '.join(line.split())}\n" for line in _errors(report))
+    if junit is not None:
+        _write(junit, junit_xml(report), "w")
+    if out is not None:
+        _write(out, data.json_text(report.to_dict()), "w")
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        _write(Path(summary), step_summary(report), "a")
 
 
 def _write(path: Path, what: str, mode: str) -> None:
@@ -60,12 +60,16 @@ def told(report: CheckReport) -> str:
             right = (cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True))
             lines.append("  ".join((*left, *right)).rstrip())
         lines.append("")
-        failures = list(_failures(report))
-        for result, outcome in failures:
-            place = _place(result, outcome)
-            where = f"{place.file}:{place.line}: {result.deployment.name}"
-            lines.append(f"{where}: {broken(result, outcome)}")
-        lines += [""] * bool(failures)
+        said = [
+            (_place(result, outcome), result, broken(result, outcome))
+            for result, outcome in _failures(report)
+        ]
+        said += [(one.deployment.place, one, f"note: {one.note}") for one in _noted(report)]
+        lines += [
+            f"{place.file}:{place.line}: {result.deployment.name}: {text}"
+            for place, result, text in said
+        ]
+        lines += [""] * bool(said)
     if report.changes is not None:
         lines += [*change_lines(report.changes), ""]
     lines.append(verdict(report))
@@ -119,8 +123,10 @@ def found(result: Result, outcome: Outcome) -> str:
         hint = f"; give {' or '.join(more)} to decide" if more else ""
         return f"is open: {worst} to {best} as estimates range{hint}"
     if figure == "fits":
-        missing = format_bytes(-_whole(result.figures["headroom"]))
-        return f"does not hold: {missing} missing on each rank"
+        headroom = _whole(result.figures["headroom"])
+        if headroom >= 0:
+            return "does not hold: the engine's pools hold less than the memory (kvcalc fit)"
+        return f"does not hold: {format_bytes(-headroom)} missing on each rank"
     return f"does not hold: {_value(figure, outcome.found)}"
 
 
@@ -156,6 +162,10 @@ def _failures(report: CheckReport) -> Iterator[tuple[Result, Outcome]]:
         for outcome in result.outcomes:
             if outcome.ends is not None or not outcome.holds:
                 yield result, outcome
+
+
+def _noted(report: CheckReport) -> Iterator[Result]:
+    return (result for result in report.results if result.note)
 
 
 def _place(result: Result, outcome: Outcome) -> Place:
@@ -267,7 +277,7 @@ def _printable(value: str) -> str:
 
 
 def annotations(report: CheckReport) -> Iterator[str]:
-    """A workflow command for each thing that is wrong; GitHub shows it at the line."""
+    """A workflow command for each thing that is wrong, or a note; GitHub shows it at the line."""
     for place, error in report.errors:
         yield _annotation(place.file, place.line, "kvcalc check", str(error))
     for result in report.results:
@@ -278,9 +288,12 @@ def annotations(report: CheckReport) -> Iterator[str]:
         for _, outcome in _failures(report._replace(results=(result,))):
             place = _place(result, outcome)
             yield _annotation(place.file, place.line, title, broken(result, outcome))
+        if result.note:
+            place = result.deployment.place
+            yield _annotation(place.file, place.line, title, result.note, level="notice")
 
 
-def _annotation(file: str, line: int, title: str, message: str) -> str:
+def _annotation(file: str, line: int, title: str, message: str, level: str = "error") -> str:
     def data_of(text: str) -> str:
         return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
 
@@ -288,7 +301,7 @@ def _annotation(file: str, line: int, title: str, message: str) -> str:
         return data_of(text).replace(":", "%3A").replace(",", "%2C")
 
     where = f"file={property_of(file)},line={line},title={property_of(title)}"
-    return f"::error {where}::{data_of(message)}"
+    return f"::{level} {where}::{data_of(message)}"
 
 
 def step_summary(report: CheckReport) -> str:
@@ -298,13 +311,14 @@ def step_summary(report: CheckReport) -> str:
         lines += [_row(_COLUMNS), "|---|---|---:|---:|---:|---:|---:|"]
         lines += [_row(_cells(result)) for result in report.results]
         lines.append("")
-    wrong = [
+    said = [
         f"**{_plain(result.deployment.name)}**: `{outcome.requirement.text}` "
         f"{found(result, outcome)}"
         for result, outcome in _failures(report)
     ]
-    wrong += [_plain(line) for line in _errors(report)]
-    lines += [f"- {line}" for line in wrong] + [""] * bool(wrong)
+    said += [_plain(line) for line in _errors(report)]
+    said += [f"{_plain(one.deployment.name)}: {_plain(one.note)}" for one in _noted(report)]
+    lines += [f"- {line}" for line in said] + [""] * bool(said)
     if report.changes is not None:
         first, *rest = change_lines(report.changes)
         lines += [first[0].upper() + first[1:], ""]

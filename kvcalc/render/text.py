@@ -12,7 +12,7 @@ from rich.text import Text
 from kvcalc.fitting import FitReport
 from kvcalc.planning import PlanReport
 from kvcalc.sizing import SizeReport
-from kvcalc.units import GIB, format_bytes
+from kvcalc.units import GIB, MAX_TOKENS, format_bytes
 
 WIDTH = 500
 """Wider than any table: nothing is cut; a terminal folds long lines itself, a pipe keeps them."""
@@ -209,7 +209,7 @@ def print_fit(report: FitReport, changes: Sequence[str]) -> None:
         "": "",
         "most requests": f"{report.max_concurrency:,}{_between(report.max_concurrency_range)} of "
         f"{size.seq_tokens:,} tokens at once",
-        "longest sequence": f"{report.max_tokens:,}{_between(report.max_tokens_range)} tokens for "
+        "longest sequence": f"{_tokens(report)} tokens for "
         f"{report.concurrency:,} at once{_own_maximum(report)}",
     }
     widest = max(map(len, lines)) + 2
@@ -244,15 +244,25 @@ def _print_sources(out: Console, report: FitReport) -> None:
 def _own_maximum(report: FitReport) -> str:
     """A word where memory holds more than the model was made for."""
     own = report.size.max_tokens
+    if report.max_tokens == MAX_TOKENS:
+        return ""
     return f"; the model's own maximum is {own:,}" if 0 < own < report.max_tokens else ""
+
+
+def _tokens(report: FitReport) -> str:
+    if report.max_tokens == MAX_TOKENS:
+        return "any number of"
+    return f"{report.max_tokens:,}{_between(report.max_tokens_range)}"
 
 
 def _verdict(report: FitReport) -> Text:
     """Whether it fits, by how much, and whether the estimates leave that open."""
-    fits = report.fits
+    fits, headroom = report.fits, report.headroom_bytes
     verdict = Text("fits" if fits else "does not fit", "bold green" if fits else "bold red")
-    over = "left" if fits else "missing"
-    verdict.append(f"  {format_bytes(abs(report.headroom_bytes))} {over}", style="default")
+    over = "left" if headroom >= 0 else "missing"
+    verdict.append(f"  {format_bytes(abs(headroom))} {over}", style="default")
+    if not fits and headroom >= 0:
+        verdict.append(", but the engine's pools below hold less", style="default")
     if not report.sure:
         other = "most" if fits else "least"
         verdict.append(f", but not if estimates are at their {other}", style="bold yellow")

@@ -12,14 +12,15 @@ plainly, `cuda_bytes: 47.5GiB`, and its source is then the file.
 import datetime
 import difflib
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import cache
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvcalc.data import profiles_folder
-from kvcalc.errors import ConfigError, InputError
+from kvcalc.errors import ConfigError, InputError, UnsupportedError
 from kvcalc.strict_yaml import Fields, Node, Place, Scalar, items, read, record, text
 from kvcalc.units import GIB, parse_bytes, shown
 
@@ -91,6 +92,8 @@ _BRANDS = re.compile(
 )
 """What a user may leave out of a name, or write beside it."""
 
+_CHOOSE = "choose an id such as h100-sxm-80gb (kvcalc gpus lists all), or a YAML of your own"
+
 _MOST_NAMED = 8
 
 
@@ -115,12 +118,18 @@ def named_gpu(said: str) -> Gpu:
     no name is the whole of what is said, all its words must stand in one. InputError with those
     that it may be, or with what is near.
     """
+    if not said.strip():
+        msg = f"no GPU is named; {_CHOOSE}"
+        raise InputError(msg)
     if is_file(said):
-        return _own(Path(said).expanduser())
+        return _own(file_path(said))
     dashed = re.sub(r"[\s_]+", "-", said.strip().lower())
     if dashed in gpu_ids():
         return load_gpu(dashed)
     found = _meant(said)
+    if not found and _is_folder(said):
+        msg = f"{said} is a folder, no GPU; {_CHOOSE}"
+        raise InputError(msg)
     if not found:
         raise _unknown(said)
     if len(found) > 1:
@@ -168,12 +177,7 @@ def _unknown(said: str) -> InputError:
     slips = [by_name[one] for one in difflib.get_close_matches(joined, by_name, cutoff=0.75)]
     near = begins or alike or slips
     return InputError(
-        f"unknown GPU {shown(said)}; "
-        + (
-            f"did you mean {_listed(near)}?"
-            if near
-            else "choose an id such as h100-sxm-80gb (kvcalc gpus lists all), or a YAML of your own"
-        )
+        f"unknown GPU {shown(said)}; " + (f"did you mean {_listed(near)}?" if near else _CHOOSE)
     )
 
 
@@ -228,7 +232,28 @@ def _normal(name: str) -> str:
 
 def is_file(said: str) -> bool:
     """Whether a GPU is named by its file."""
-    return said.endswith((".yaml", ".yml"))
+    return said.endswith((".yaml", ".yml")) and not _is_folder(said)
+
+
+def file_path(said: str) -> Path:
+    """The path of such a file, `~` being the user's own folder."""
+    with suppress(RuntimeError):  # nobody's folder
+        return Path(said).expanduser()
+    return Path(said)
+
+
+def _is_folder(said: str) -> bool:
+    with suppress(OSError):  # a name that is too long
+        return Path(said).is_dir()
+    return False
+
+
+def no_figure(*gpus: str) -> UnsupportedError:
+    """The error for GPUs whose memory no driver is known to have told, with what to do."""
+    return UnsupportedError(
+        f"no driver's figure of the memory of {', '.join(gpus)} is known; give fit --kv-memory, as "
+        f"the engine prints it, or a YAML with cuda_bytes: kvcalc gpus {gpus[0]} --yaml"
+    )
 
 
 def gpu_yaml(said: str) -> str:
@@ -237,7 +262,7 @@ def gpu_yaml(said: str) -> str:
         msg = "--yaml prints one GPU: kvcalc gpus l40s --yaml"
         raise InputError(msg)
     gpu = named_gpu(said)
-    path = Path(said).expanduser() if is_file(said) else profiles_folder() / f"gpus/{gpu.id}.yaml"
+    path = file_path(said) if is_file(said) else profiles_folder() / f"gpus/{gpu.id}.yaml"
     lines = [f"# {gpu.id}, as a start for a file of your own: --gpu mine.yaml"]
     lines.append("# Needed are name and cuda_bytes or usable_bytes; a figure may be plain: 47.5GiB")
     if gpu.total_bytes is None:
@@ -273,6 +298,8 @@ def read_gpu(path: Path) -> Gpu:
         return text(*given[key]) if key in given else None
 
     name = text(*at["name"])
+    read_figures = {key: _figure(key, *given[key]) if key in given else None for key in FIGURES}
+    _check_order(read_figures, given)
     return Gpu(
         id=_id(*given["id"]) if "id" in given else path.stem,
         name=name,
@@ -284,8 +311,23 @@ def read_gpu(path: Path) -> Gpu:
         else None,
         notes=text_or_none("notes"),
         price_per_hour=_price(*given["price_per_hour"]) if "price_per_hour" in given else None,
-        **{key: _figure(key, *given[key]) if key in given else None for key in FIGURES},
+        **read_figures,
     )
+
+
+def _check_order(
+    figures: Mapping[str, Figure | None], given: Mapping[str, tuple[Place, Node]]
+) -> None:
+    """A program is told no more than nvidia-smi, and that no more than there is."""
+    known = [
+        (key, figure)
+        for key in ("cuda_bytes", "usable_bytes", "memory_bytes")
+        if (figure := figures[key])
+    ]
+    for (key, less), (other, more) in pairwise(known):
+        if less.value > more.value:
+            msg = f"{less.value:,} is more than {other}, {more.value:,}"
+            raise given[key][0].wrong(msg)
 
 
 def _id(place: Place, node: Node) -> str:

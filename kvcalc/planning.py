@@ -10,16 +10,20 @@ from typing import Any, NamedTuple
 
 from kvcalc import api
 from kvcalc.budget import engine_defaults
+from kvcalc.config import FieldUse
 from kvcalc.device import AUTO, this_machine
 from kvcalc.dtypes import storage_format
+from kvcalc.engines import load_engine
 from kvcalc.errors import InputError, KvcalcError, UnsupportedError
 from kvcalc.fitting import FitReport
 from kvcalc.hardware import (
     Gpu,
     Price,
+    file_path,
     gpu_ids,
     is_file,
     named_gpu,
+    no_figure,
     read_amount,
     read_currency,
 )
@@ -31,6 +35,14 @@ SCHEMA = "kvcalc.plan/1"
 
 MAX_GPUS = 64
 """The most GPUs that a plan tries of a kind."""
+
+_NO_BF16 = ("vllm", "sglang")
+"""Engines that do not compute in bf16, nor keep a cache in fp8, before compute capability 8.0.
+
+vLLM refuses bf16 there and names `--dtype half`; SGLang takes fp16 itself. Of vLLM's attention
+FlashInfer takes an fp8 cache from 8.0 on (7.5 before v0.24.0), Triton from 8.9 on
+(v1/attention/backends/flashinfer.py and triton_attn.py; vllm-project/vllm#45375, #47549).
+"""
 
 
 class Deployment(NamedTuple):
@@ -87,18 +99,25 @@ class LeftOut(NamedTuple):
 
 class PlanReport(NamedTuple):
     """The `deployments` in their order, what is `left_out`, the ids of GPUs whose memory no driver
-    is known to have told (`unknown`), and why it is not prices that order them (`unpriced`).
+    is known to have told (`unknown`), how far it is not prices that order them (`unpriced`), and
+    the ids of GPUs whose rows are fp16 in place of bf16 (`in_fp16`).
     """
 
     deployments: tuple[Deployment, ...]
     left_out: tuple[LeftOut, ...] = ()
     unknown: tuple[str, ...] = ()
     unpriced: str = ""
+    in_fp16: tuple[str, ...] = ()
 
     def remarks(self) -> Iterator[str]:
         """What is not told by the deployments, line by line."""
         if self.unpriced:
-            yield f"{self.unpriced}: ordered by memory"
+            yield self.unpriced
+        if self.in_fp16:
+            yield (
+                f"{_enumerated(self.in_fp16)}: before compute capability 8.0 an engine computes in "
+                "fp16 (--dtype half), not in bf16"
+            )
         for one in self.left_out:
             yield f"left out: {one}"
         if self.unknown:
@@ -128,13 +147,14 @@ def plan(
     revision: str | None = None,
     **point: Any,  # noqa: ANN401 - parameters of `fit`
 ) -> PlanReport:
-    """For each GPU and KV dtype the fewest ranks that hold the requests, least memory first; where
-    all of them have a price in one currency, lowest price first.
+    """For each GPU and KV dtype the fewest ranks that hold the requests, least memory first; those
+    that have a price before all others, lowest price first, each currency by itself.
 
     `gpus` are what `--gpu` takes, none for all whose memory a driver has reported; up to `max_gpus`
     of each are tried, as tensor-parallel ranks before pipeline stages, and where the fewest are
-    stages, the fewest ranks alone, too, up to twice as many. What one GPU or dtype does not allow
-    to compute is left out; raises what `fit` raises for a question that none allows.
+    stages, the fewest ranks alone, too, up to twice as many. A GPU that computes in fp16 alone has
+    a cache in fp16. What one GPU or dtype does not allow to compute is left out; raises what `fit`
+    raises for a question that none allows.
     """
     check_count(max_gpus, name="--max-gpus", most=MAX_GPUS)
     for kv_dtype in kv_dtypes:
@@ -144,11 +164,7 @@ def plan(
     kinds = {kind.key: kind for kind in (_kind(one, max_gpus, priced) for one in gpus or gpu_ids())}
     unknown = tuple(kind.gpu.id for kind in kinds.values() if not kind.gpu.total_bytes)
     if gpus and unknown:
-        msg = (
-            f"no driver's figure of the memory of {', '.join(unknown)} is known; leave it out, or "
-            "give a YAML with usable_bytes"
-        )
-        raise InputError(msg)
+        raise no_figure(*unknown)
     known = [kind for kind in kinds.values() if kind.gpu.total_bytes]
     search = _Search(api.read_model(model, revision=revision), point)
     found: dict[tuple[str, str], list[Deployment]] = {}
@@ -156,35 +172,36 @@ def plan(
         if fits := search.fewest(kind, kv_dtype):
             found[kind.key, fits[0].kv_dtype] = [_deployment(kind, fit) for fit in fits]
     deployments = [one for of_a_kind in found.values() for one in of_a_kind]
-    unpriced = _unpriced(deployments, prices)
+    deployments.sort(key=_by_price_and_memory)
+    listed = {one.gpu for one in deployments if one.kv_dtype == "fp16"}
     return PlanReport(
-        _ordered(
-            deployments, by_price=not unpriced and any(one.price_per_hour for one in deployments)
-        ),
+        tuple(deployments),
         search.left_out(known, kv_dtypes),
         unknown,
-        unpriced,
+        _unpriced(deployments, prices),
+        tuple(gpu for gpu in search.in_fp16 if gpu in listed),
     )
 
 
-def _ordered(found: list[Deployment], *, by_price: bool) -> tuple[Deployment, ...]:
-    found.sort(key=lambda one: (one.memory_bytes, one.num_gpus, one.gpu, one.kv_dtype))
-    if by_price:
-        found.sort(key=lambda one: one.price_per_hour.value if one.price_per_hour else 0)
-    return tuple(found)
+def _by_price_and_memory(one: Deployment) -> tuple[Any, ...]:
+    price = one.price_per_hour
+    priced = (0, price.currency, price.value) if price else (1,)
+    return (*priced, one.memory_bytes, one.num_gpus, one.gpu, one.kv_dtype)
 
 
 def _unpriced(found: Sequence[Deployment], prices: Path | None) -> str:
-    """Why deployments are not ordered by price although there are prices."""
+    """How far deployments are not ordered by price although there are prices."""
     priced = [one.price_per_hour for one in found if one.price_per_hour]
     if not found or not (priced or prices):
         return ""
-    without = sorted({one.gpu for one in found if not one.price_per_hour})
-    if without:
-        said = _enumerated(without)
-        return f"{said} {'has' if len(without) == 1 else 'have'} no price"
-    currencies = sorted({price.currency for price in priced})
-    return f"prices in {' and '.join(currencies)}" if len(currencies) > 1 else ""
+    if not priced:
+        return "none has a price: ordered by memory"
+    said = []
+    if len(currencies := sorted({price.currency for price in priced})) > 1:
+        said.append(f"prices in {' and '.join(currencies)}, each ordered by itself")
+    if without := len(found) - len(priced):
+        said.append(f"without a price: {without} of {len(found)}, last and ordered by memory")
+    return "; ".join(said)
 
 
 def _enumerated(gpus: Sequence[str]) -> str:
@@ -217,7 +234,7 @@ def _kind(given: str, most: int, priced: Mapping[str, Price]) -> _Kind:
 
 def _key(said: str, gpu: Gpu) -> str:
     """A GPU's id, or the resolved path of its file."""
-    return str(Path(said).expanduser().resolve()) if is_file(said) else gpu.id
+    return str(file_path(said).resolve()) if is_file(said) else gpu.id
 
 
 def _deployment(kind: _Kind, fit: FitReport) -> Deployment:
@@ -248,6 +265,8 @@ class _Search:
         self._dtypes: set[str] = set()
         self._answered: dict[tuple[str, str], int] = {}
         self._refusals: dict[tuple[str, str], KvcalcError] = {}
+        self.in_fp16: dict[str, None] = {}
+        """The GPUs that were asked for fp16 in place of bf16."""
 
     def fewest(self, kind: _Kind, kv_dtype: str) -> list[FitReport]:
         """The report of the fewest GPUs that hold the requests, if any number does; where these are
@@ -268,14 +287,17 @@ class _Search:
     ) -> Iterator[FitReport]:
         """The reports of those shapes that hold the requests. What is refused is passed over."""
         asked = kind.key, kv_dtype
+        try:
+            kept = self._kept(kind.gpu, kv_dtype)
+        except UnsupportedError as error:
+            self._refuse(asked, 0, error)
+            return
         for tp, pp in shapes:
             try:
-                if self._least_bytes(kind, kv_dtype, tp, pp) > kind.total_bytes:
+                if self._least_bytes(kind, kept, tp, pp) > kind.total_bytes:
                     self._answer(asked, tp * pp)
                     continue
-                fit = api.fit(
-                    self._model, gpu=kind.gpu, kv_dtype=kv_dtype, tp=tp, pp=pp, **self._point
-                )
+                fit = api.fit(self._model, gpu=kind.gpu, kv_dtype=kept, tp=tp, pp=pp, **self._point)
             except UnsupportedError as error:
                 self._refuse(asked, tp * pp, error)
                 continue
@@ -289,6 +311,29 @@ class _Search:
             self.first = self.first or fit
             if fit.fits:
                 yield fit
+
+    def _kept(self, gpu: Gpu, kv_dtype: str) -> str:
+        """The dtype to ask for, which is another where the GPU does not compute in bf16;
+        UnsupportedError where it keeps no fp8.
+        """
+        engine = self._point.get("engine") or "vllm"
+        if engine not in _NO_BF16 or not gpu.compute_capability:
+            return kv_dtype
+        if int(gpu.compute_capability.partition(".")[0]) >= 8:
+            return kv_dtype
+        name = kv_dtype.strip().lower()
+        if name == "auto":
+            use = load_engine(engine).auto_dtype(self._model.architecture)
+            name = str(use.value) if isinstance(use, FieldUse) else name
+        if name != "auto":
+            name = storage_format(name).name
+        if name == "fp8":
+            msg = "an fp8 cache needs compute capability 8.0"
+            raise UnsupportedError(msg)
+        if name == "bf16":
+            self.in_fp16[gpu.id] = None
+            return "fp16"
+        return kv_dtype
 
     def _answer(self, asked: tuple[str, str], num_gpus: int) -> None:
         """So many could be computed: a refusal of fewer, or of another split, decides nothing."""
@@ -385,7 +430,7 @@ def read_prices(path: Path) -> dict[str, Price]:
     currency = read_currency(*at["currency"])
     prices: dict[str, Price] = {}
     for said, here, node in fields(*at["per_gpu_hour"], remedy=PRICES):
-        named = str(path.parent / Path(said).expanduser()) if is_file(said) else said
+        named = str(path.parent / file_path(said)) if is_file(said) else said
         key = _key(named, _priced_gpu(here, named))
         if key in prices:
             msg = f"the same GPU as above: {key}"

@@ -284,7 +284,6 @@ def test_a_name_of_several_lists_exactly_those(said, ids):
         ("h900-80gb", "; choose an id such as"),
         ("../class_defaults", "; choose an id such as"),
         ("rtx", "; choose an id such as"),
-        ("", "; choose an id such as"),
         ("h" * 100, "; choose an id such as"),
     ],
 )
@@ -308,6 +307,25 @@ def test_a_good_file_is_read(tmp_path):
     assert gpu.memory_bytes == (80 * GIB, "https://example.org", datetime.date(2026, 11, 25))
     assert gpu.also == ("test-1",)
     assert gpu.usable_bytes is None
+
+
+@pytest.mark.parametrize(
+    ("said", "complaint"),
+    [
+        ("", "^no GPU is named; choose an id such as"),
+        (" ", "^no GPU is named; choose an id such as"),
+        (".", r"^\. is a folder, no GPU; choose an id such as"),
+        ("made.yaml", r"^made\.yaml is a folder, no GPU; choose"),
+        ("none.yaml", r"^cannot read none\.yaml: No such file"),
+        ("~nobody-at-all/none.yaml", "^cannot read ~nobody-at-all/none.yaml: No such file"),
+    ],
+)
+def test_what_names_no_gpu_at_all_is_told(tmp_path, monkeypatch, said, complaint):
+    """Nothing, a folder, and a file that is not there are input errors in clear words."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "made.yaml").mkdir()
+    with pytest.raises(InputError, match=complaint):
+        hardware.named_gpu(said)
 
 
 @pytest.mark.parametrize(
@@ -351,6 +369,19 @@ def test_a_good_file_is_read(tmp_path):
             "usable_bytes: must be a number of bytes suc",
         ),
         ("usable_bytes: null", "usable_bytes: 48GiB/s", 7, "not '48GiB/s'"),
+        (
+            "usable_bytes: null",
+            "usable_bytes: 81GiB",
+            7,
+            "usable_bytes: 86,973,087,744 is more than memory_bytes, 85,899,345,920",
+        ),
+        (
+            "usable_bytes: null",
+            "usable_bytes: 78GiB\ncuda_bytes: {value: 79GiB}",
+            8,
+            "cuda_bytes: 84,825,604,096 is more than usable_bytes, 83,751,862,272",
+        ),
+        ("usable_bytes: null", "cuda_bytes: 81GiB", 7, "cuda_bytes: 86,.* than memory_bytes, 85,"),
         (
             "usable_bytes: null",
             "usable_bytes: 48 gigs",

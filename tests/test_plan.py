@@ -177,9 +177,9 @@ def priced(tmp_path, capsys):
     return run
 
 
-def test_prices_order_the_deployments_when_all_have_one(priced):
-    """The deployment's price is that of all its GPUs; without one for each row the least memory
-    comes first, and a row has a dash.
+def test_prices_order_the_deployments_that_have_one(priced):
+    """The deployment's price is that of all its GPUs. Rows without one stand last with a dash, by
+    memory, and are counted below.
     """
     lines = priced(PRICES)
     assert lines[2].split() == "GPUs TP×PP KV Memory Per hour Holds".split()
@@ -190,27 +190,31 @@ def test_prices_order_the_deployments_when_all_have_one(priced):
     assert "  2.49 USD  " in lines[4]
     dear = priced(PRICES.replace("0.40", "40"))
     assert [line.split()[2] for line in dear[3:5]] == ["h100-sxm-80gb", "rtx-4090"]
-    partly = priced(PRICES.replace("  h100-sxm-80gb: 2.49\n", ""))
-    memory = [line.split()[2] for line in partly[3:5]]
-    assert memory == ["rtx-4090", "h100-sxm-80gb"]
+    partly = priced(PRICES.replace("rtx-4090: 0.40", "h200-nvl: 1"), "l4,rtx-4090,h100-sxm-80gb")
+    memory = [line.split()[2] for line in partly[3:6]]
+    assert memory == ["h100-sxm-80gb", "l4", "rtx-4090"]
     assert "       -  " in partly[4]
-    assert partly[-1] == "h100-sxm-80gb has no price: ordered by memory"
+    assert "       -  " in partly[5]
+    assert partly[-1] == "without a price: 2 of 3, last and ordered by memory"
     none = priced("currency: USD\nper_gpu_hour: {}\n")
-    assert none[-1] == "h100-sxm-80gb, rtx-4090 have no price: ordered by memory"
-    assert "no price" not in " ".join(lines + dear)
+    assert none[-1] == "none has a price: ordered by memory"
+    assert "a price" not in " ".join(lines + dear)
 
 
 def test_a_price_in_a_gpus_own_file_counts(priced, tmp_path):
-    """The file's price is used, what the prices say of the file goes before; rows of two
-    currencies are not ordered by price.
+    """The file's price is used, what the prices say of the file goes before; rows of each currency
+    stand together by price.
     """
     own = tmp_path / "mine.yaml"
     text = (profiles_folder() / "gpus" / "h100-sxm-80gb.yaml").read_text("utf-8")
     own.write_text(text + "\nprice_per_hour: {value: 9, currency: EUR}\n", "utf-8")
-    lines = priced(PRICES, f"rtx-4090,{own}")
-    assert [line.split()[2] for line in lines[3:5]] == ["rtx-4090", "mine"]
-    assert "9.00 EUR" in lines[4]
-    assert lines[-1] == "prices in EUR and USD: ordered by memory"
+    lines = priced(PRICES, f"rtx-4090,h100-sxm-80gb,l4,{own}")
+    assert [line.split()[2] for line in lines[3:7]] == ["mine", "rtx-4090", "h100-sxm-80gb", "l4"]
+    assert "9.00 EUR" in lines[3]
+    assert " ".join(lines[-2:]) == (
+        "prices in EUR and USD, each ordered by itself; without a price: 1 of 4, last and "
+        "ordered by memory"
+    )
     assert str(own) in " ".join(lines)
     (shown,) = json.loads("".join(priced(PRICES + "  mine.yaml: 1.5\n", str(own), "--json")))[
         "deployments"
@@ -343,10 +347,66 @@ def test_a_dtype_that_an_engine_does_not_keep_is_told(capsys):
     assert "\nleft out: --kv-dtype fp8: llama.cpp keeps a cache in " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("engine", ["vllm", "sglang"])
+def test_a_gpu_without_bf16_has_a_cache_in_fp16_and_none_in_fp8(engine, capsys):
+    """Before compute capability 8.0 the row of `auto` and `bf16` is that of fp16, and says so below
+    the table; fp8 is left out there alone.
+    """
+    point = ["plan", MODEL, "--seq", "8k", "--engine", engine, "--reserve", "2GiB"]
+    assert cli.run([*point, "--gpu", "t4,l4", "--kv-dtype", "auto,bf16,fp8"]) == 0
+    *_, rows, told = capsys.readouterr().out.split("\n\n")
+    kept = [(line.split()[2], line.split()[4]) for line in rows.splitlines()[1:]]
+    assert sorted(kept) == [("l4", "bf16"), ("l4", "fp8"), ("t4", "fp16")]
+    told = told.replace("\n", " ")
+    assert " t4: before compute capability 8.0 an engine computes in fp16 (--dtype half)" in told
+    assert " left out: t4 with --kv-dtype fp8: an fp8 cache needs compute capability 8.0 " in told
+    in_fp16, *_ = plan(MODEL, engine=engine, gpus=["t4"], kv_dtypes=["fp16"], **POINT)
+    computed, *_ = plan(MODEL, engine=engine, gpus=["t4"], kv_dtypes=["auto"], **POINT)
+    assert computed.to_dict() == in_fp16.to_dict()
+    assert cli.run([*point, "--gpu", "t4", "--kv-dtype", "fp8"]) == 3
+    assert capsys.readouterr().err == "kvcalc: an fp8 cache needs compute capability 8.0\n"
+    assert cli.run([*point, "--gpu", "l4"]) == 0
+    assert "capability" not in capsys.readouterr().out
+
+
+def test_a_model_whose_own_cache_is_fp8_is_not_planned_where_that_is_not_kept(capsys):
+    """What `auto` means for the model decides, and so does what the engine keeps: llama.cpp has
+    bf16 everywhere.
+    """
+    fp8 = ["plan", "nvidia/Qwen3-235B-A22B-NVFP4", "--seq", "8k", "--gpu", "t4,h100-sxm-80gb"]
+    assert cli.run([*fp8, "--kv-dtype", "auto", "--max-gpus", "64"]) == 0
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert "left out: t4: an fp8 cache needs compute capability 8.0" in shown
+    point = {"seq": "4k", "gpus": ["t4", "l4"], "engine": "llama.cpp"}
+    found = plan("Qwen/Qwen3-0.6B", kv_dtypes=["bf16"], reserve="1GiB", **point)
+    assert {one.kv_dtype for one in found} == {"bf16"}
+
+
+def test_tokens_beyond_the_models_own_maximum_are_told(capsys):
+    """A line below the table, only where they are more."""
+    point = ["plan", MODEL, "--gpu", "h100-sxm-80gb", "--reserve", "2GiB", "--seq"]
+    assert cli.run([*point, "16k"]) == 0
+    told = "\n16,384 tokens are beyond the model's own maximum of 8,192\n"
+    assert told in capsys.readouterr().out
+    assert cli.run([*point, "8k"]) == 0
+    assert "maximum" not in capsys.readouterr().out
+
+
+def test_a_plan_that_estimates_leave_open_says_so(capsys):
+    """Where each row is marked the line below says it, and the status is 0."""
+    point = ["plan", "Qwen/Qwen3-32B", "--seq", "32k", "--concurrency", "16", "--gpu"]
+    assert cli.run([*point, "rtx-4090,l40s"]) == 0
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert "; ?: not with all estimates at their most TP×PP" in shown
+    assert cli.run([*point, "rtx-4090", "--max-gpus", "7"]) == 0
+    shown = capsys.readouterr().out.replace("\n", " ")
+    assert "; ?: not with all estimates at their most, which is so of each row TP×PP" in shown
+
+
 def test_no_more_stages_than_layers_are_tried():
     """A model of 32 layers is not split into more of them, whatever `max_gpus` allows."""
-    point = {"seq": "8k", "gpus": ["rtx-4090"], "reserve": "2GiB", "max_gpus": 64}
-    assert planning.plan(MODEL, concurrency=10_000, **point) == ((), (), (), "")
+    point = {"seq": "1M", "gpus": ["rtx-4090"], "reserve": "2GiB", "max_gpus": 64}
+    assert planning.plan(MODEL, concurrency=200, **point) == ((), (), (), "", ())
     shapes = planning._Search(api.read_model(MODEL), {})._shapes(64)
     assert {pp for _, pp in shapes} == {*range(1, 33)}
 
@@ -377,11 +437,15 @@ def test_a_gpu_goes_by_any_name_that_means_it_alone(capsys):
 @pytest.mark.parametrize(
     ("arguments", "status", "reason"),
     [
-        ([MODEL, "--seq", "8k", "--concurrency", "100000"], 1, "no GPU"),
+        ([MODEL, "--seq", "1M", "--concurrency", "200"], 1, "no GPU"),
         (["google/gemma-3n-E4B-it"], 3, "weights"),
         ([MODEL, "--gpu", "t5"], 2, "unknown GPU"),
         ([MODEL, "--gpu", "none.yaml"], 2, "cannot read none.yaml"),
-        ([MODEL, "--gpu", "l4,apple-m1"], 2, "memory of apple-m1 is known; leave it"),
+        (
+            [MODEL, "--gpu", "l4,apple-m1"],
+            3,
+            "is known; give fit --kv-memory, as the engine prints it, or a YAML with cuda_bytes: k",
+        ),
         ([MODEL, "--kv-dtype", "auto,fp9"], 2, "unknown dtype 'fp9'"),
         ([MODEL, "--seq", "many"], 2, "--seq 'many'"),
         ([MODEL, "--option", "x=1"], 2, "no option 'x'"),

@@ -13,6 +13,7 @@ from kvcalc import api, cli
 from kvcalc.hardware import gpu_ids, load_gpu, named_gpu, read_gpu
 from kvcalc.measure.row import mark_front
 from kvcalc.render import measured
+from kvcalc.sources import catalogue
 from kvcalc.strategies import dynamic, strategy_names
 
 
@@ -377,6 +378,30 @@ lava    no loss: one set
 cpu (some processor), torch 2.13, transformers 5.23; median of 2 runs ± interquartile range; peak \
 above the weights"""
     )
+
+
+def test_the_catalogue_fits_eighty_columns(screen):
+    """Each model has its figures in one line, below its name where that is long; one that is
+    refused has its type instead.
+    """
+    lines = screen("models").splitlines()
+    assert max(map(len, lines)) <= 80
+    words = " ".join(lines).split()
+    assert [name for name in catalogue.names() if name not in words] == []
+    assert lines[0].split() == ["Model", "Family", "Dtype", "Max", "tokens", "B/token"]
+    assert (
+        screen("models", "nemotron", "9b")
+        == """\
+Model                              Family        Dtype  Max tokens  B/token
+nvidia/NVIDIA-Nemotron-Nano-9B-v2  mamba_hybrid  bf16      131,072   16,384
+
+1 model matching 'nemotron 9b', 1 of them sized"""
+    )
+    folded = screen("models", "nvidia/llama").splitlines()
+    assert folded[1] == "nvidia/Llama-3.1-Nemotron-70B-Instruct-HF"
+    assert folded[2].split() == ["full", "bf16", "327,680"]
+    assert "pfnet/plamo-2-1b  refused: plamo2\n" in screen("models", "plamo2")
+    assert screen("models", "zzz") == "0 models matching 'zzz', 0 of them sized"
 
 
 def test_accelerators_are_listed(screen):

@@ -80,11 +80,9 @@ def total_bytes(gpu: "Gpu") -> int:
     """What a driver says the device has; UnsupportedError where none is known to have said it."""
     figure = gpu.total_bytes
     if figure is None:
-        msg = (
-            f"no driver's figure of the memory of {gpu.id} is known; give --kv-memory, as the "
-            "engine prints it"
-        )
-        raise UnsupportedError(msg)
+        from kvcalc.hardware import no_figure
+
+        raise no_figure(gpu.id)
     return figure.value
 
 

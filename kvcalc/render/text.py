@@ -310,8 +310,12 @@ def print_plan(report: PlanReport) -> None:
     of_each = "" if priced else ", headroom of each"
     told = f"memory is of all, as drivers report it{of_each}; holds: most such requests at once"
     if not all(one.fit.sure for one in deployments):
-        told += "; ?: not with all estimates at their most"
+        marked = "" if any(one.fit.sure for one in deployments) else ", which is so of each row"
+        told += f"; ?: not with all estimates at their most{marked}"
     print_folded(out, "", told, "dim")
+    if 0 < size.max_tokens < size.seq_tokens:
+        beyond = f"beyond the model's own maximum of {size.max_tokens:,}"
+        print_folded(out, "", f"{size.seq_tokens:,} tokens are {beyond}", "yellow")
     if any(one.pp > 1 for one in deployments):
         print_folded(out, "", STAGES, "dim")
     terms: dict[str, dict[str, None]] = {}
@@ -441,24 +445,50 @@ def _short(value: object) -> str:
 
 
 def print_models(rows: Sequence[Mapping[str, Any]], *, pattern: str) -> None:
-    """The catalogue's entries, and how many of them are sized."""
+    """The catalogue's entries, and how many of them are sized, in 80 columns: a name for which
+    there is no room has a line of its own.
+    """
     out = console()
-    shown = table("Model", "Family", "Dtype", "Max tokens", "B/token")
-    for row in rows:
-        shown.add_row(
-            row["name"],
-            row["family"] or f"refused: {row['model_type']}",
+    told = [
+        (
+            row["family"],
             row["kv_dtype"],
             f"{row['max_tokens']:,}" if row["max_tokens"] else "",
-            f"{row['bytes_per_token']:,}" if not row["refused"] else "",
+            f"{row['bytes_per_token']:,}",
         )
+        for row in rows
+        if not row["refused"]
+    ]
+    head = ("Family", "Dtype", "Max tokens", "B/token")
+    family, dtype, tokens, per_token = (
+        max(map(len, cells)) for cells in zip(head, *told, strict=True)
+    )
+    room = 80 - sum((family, dtype, tokens, per_token)) - 4 * len("  ")
+    names = [row["name"] for row in rows]
+    widest = max((len(name) for name in names if len(name) <= room), default=len("Model"))
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        label, kind, maximum, cost = cells
+        told = f"{label:<{family}}  {kind:<{dtype}}  {maximum:>{tokens}}  {cost:>{per_token}}"
+        return f"{name:<{widest}}  {told}"
+
+    sized = iter(told)
     if rows:
-        out.print(shown)
+        out.print(line("Model", head), style="bold")
+    for row in rows:
+        name = row["name"]
+        if len(name) > widest:
+            out.print(name)
+            name = ""
+        if row["refused"]:
+            out.print(f"{name:<{widest}}  refused: {row['model_type']}")
+        else:
+            out.print(line(name, next(sized)))
+    if rows:
         out.print()
-    sized = sum(not row["refused"] for row in rows)
     matching = f" matching {pattern!r}" if pattern else ""
     count = f"{len(rows)} model{'s' * (len(rows) != 1)}"
-    out.print(f"{count}{matching}, {sized} of them sized", style="dim")
+    out.print(f"{count}{matching}, {len(told)} of them sized", style="dim")
 
 
 def print_gpus(rows: Sequence[Mapping[str, Any]], *, pattern: str) -> None:

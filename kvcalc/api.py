@@ -208,33 +208,102 @@ def attention_heads(model: Model) -> int:
     return heads if isinstance(heads, int) else 0
 
 
-def pasted_deployment(command: str, **given: Any) -> tuple[str, dict[str, Any]]:  # noqa: ANN401
-    """The model of a server's command line, and the other parameters of `fit`; what is `given`
-    beside it goes before what it says.
+def pasted_deployment(
+    command: str,
+    **given: Any,  # noqa: ANN401 - parameters of `fit`
+) -> tuple[str, dict[str, Any], list[str]]:
+    """The model of a server's command line, the other parameters of `fit`, and notes; what is
+    `given` beside it goes before what it says.
 
     Raises InputError for what the command says and nothing counts, unless what is given settles it.
     """
     from kvcalc.pasted import read_command
 
     pasted = read_command(command)
+    _check_typed(pasted)
     said: dict[str, Any] = {"engine": pasted.engine, **pasted.point, **pasted.budget}
-    said |= {name: _ranks(said[name], name=f"--{name}") for name in ("tp", "pp") if name in said}
-    options = {**pasted.options, **(given.pop("options", None) or {})}
+    said |= {name: int(said[name]) for name in ("tp", "pp") if name in said}
+    told = {name: value for name, value in pasted.options.items() if value != "auto"}
+    options = {**told, **(given.pop("options", None) or {})}
     given = {name: value for name, value in given.items() if value is not None}
-    if "kv_memory" in said and "kv_memory" not in given and "gpu" in given:
-        from kvcalc.device import choose_gpu
-
-        device = choose_gpu(given.pop("gpu"))  # which decides the server's defaults alone then
-        options = {**engine_defaults(pasted.engine, device), **options}
+    in_its_place = given.keys() & {"gpu", "reserve", "weights"}
+    if "kv_memory" in said and "kv_memory" not in given and in_its_place:
+        flag = pasted.typed["kv_memory"]
+        msg = f"--from: {flag} says how much there is: leave --gpu, --reserve and --weights out"
+        raise InputError(msg)
     deployment = {**said, **given, "options": options}
+    if "seq" not in deployment and "max_model_len" in options:
+        deployment["seq"] = options["max_model_len"]
     if "seq" not in deployment and pasted.options.get("n_ctx", "0") != "0":
         deployment["seq"] = _slot_tokens(options, given.get("concurrency", 1))
     for doubt in pasted.doubts:
         if not set(doubt.settled) & (deployment.keys() | options.keys()):
             raise InputError(doubt.about)
+    longest = _longest(pasted, deployment)
+    notes = list(pasted.notes)
+    if pasted.options.get("max_model_len") == "auto":
+        notes.append("--from: vLLM fits --max-model-len to the memory; what it says is for --seq")
+    elif longest and pasted.engine == "vllm" and "max_model_len" not in options:
+        options["max_model_len"] = longest
+        if "seq" in deployment:
+            note = f"without --max-model-len vLLM starts if one request of {longest:,} tokens fits"
+            notes.append(f"--from: {note}")
     if pasted.loading:
         deployment |= _loaded(pasted, deployment)
-    return pasted.model, deployment
+    return pasted.model, deployment, notes
+
+
+def _check_typed(pasted: "Pasted") -> None:
+    """Raise InputError, which names the flag, for a value that cannot be."""
+    from kvcalc.budget._terms import read_share
+
+    known = load_engine(pasted.engine).OPTIONS
+    parts = (pasted.point, pasted.options, pasted.budget, pasted.loading)
+    for name, value in [item for part in parts for item in part.items()]:
+        flag = pasted.typed[name]
+        try:
+            if name in ("tp", "pp"):
+                _ranks(value, name=flag)
+            elif name == "seq":
+                parse_tokens(value, name=flag)
+            elif name == "share":
+                read_share(value, option=flag)
+            elif name == "kv_memory":
+                parse_bytes(value, name=flag)
+            elif value == "auto":
+                continue
+            elif name in ("dtype", "kv_dtype"):
+                storage_format(value)
+            elif name in known:
+                read_options(pasted.engine, known, {name: value})
+        except InputError as error:
+            said = str(error).replace(f"{pasted.engine} option {name}", flag)
+            msg = f"--from: {said if flag in said else f'{flag}: {said}'}"
+            raise InputError(msg) from None
+
+
+def _longest(pasted: "Pasted", deployment: Mapping[str, Any]) -> int:
+    """The longest request that a server takes, by its command or else its model; 0 where neither
+    says it, or the engine looks at it with all of them (llama.cpp).
+
+    Raises InputError for one that is longer.
+    """
+    said = deployment["options"].get("max_model_len", pasted.point.get("seq"))
+    changed = any("seq" in doubt.settled for doubt in pasted.doubts)
+    if pasted.engine == "llama.cpp" or (said is None and changed):
+        return 0
+    if said is None:
+        model = read_model(pasted.model, revision=deployment.get("revision"))
+        longest = model.architecture.max_tokens
+    else:
+        longest = parse_tokens(said, name="max_model_len")
+    asked = parse_tokens(deployment.get("seq", longest or 1))
+    if 0 < longest < asked:
+        flag = pasted.typed.get("max_model_len") or pasted.typed.get("seq") or "max_model_len"
+        whose = "the model's own maximum" if said is None else f"its {flag}"
+        msg = f"--seq {asked:,}: the pasted server takes no more than {longest:,} tokens, {whose}"
+        raise InputError(msg)
+    return longest
 
 
 def _slot_tokens(options: Mapping[str, Any], concurrency: int) -> int:
@@ -251,7 +320,7 @@ def _ranks(value: str, *, name: str) -> int:
     if not value.isdecimal() or len(value) > len(str(MAX_RANKS)):
         msg = f"{name} {shown(value)} is not a number of ranks"
         raise InputError(msg)
-    return int(value)
+    return check_count(int(value), name=name, most=MAX_RANKS)
 
 
 def _loaded(pasted: "Pasted", deployment: Mapping[str, Any]) -> dict[str, Any]:

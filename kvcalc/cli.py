@@ -208,7 +208,9 @@ def fit(
     if command is not None:
         from kvcalc.pasted import command_text
 
-        model, given = api.pasted_deployment(command_text(command), **given)
+        model, given, notes = api.pasted_deployment(command_text(command), **given)
+        for note in notes:
+            _complain(note)
     elif model is None:
         msg = "give MODEL, or a server's command line with --from"
         raise InputError(msg)

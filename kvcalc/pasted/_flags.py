@@ -21,9 +21,11 @@ class Dialect(NamedTuple):
     """Flags of one engine's server, with hyphens. Values of `flags` are `point.seq`,
     `options.block_size` and the like, with `=true` where the flag alone says it; `model` is the
     flag of the model, which may stand alone. A doubtful flag that ends in `*` is a beginning.
+    `release` is the one whose rules kvcalc has.
     """
 
     engine: str
+    release: str
     model: str
     flags: Mapping[str, str]
     doubtful: Mapping[str, Doubt]
@@ -93,13 +95,14 @@ _GRAPHS = Doubt(
 
 VLLM = Dialect(
     engine="vllm",
+    release="vLLM 0.33.0",
     model="--model",
     flags={
         "--tensor-parallel-size": "point.tp",
         "-tp": "point.tp",
         "--pipeline-parallel-size": "point.pp",
         "-pp": "point.pp",
-        "--max-model-len": "point.seq",
+        "--max-model-len": "options.max_model_len",
         "--kv-cache-dtype": "point.kv_dtype",
         "--block-size": "options.block_size",
         "--max-num-batched-tokens": "options.max_num_batched_tokens",
@@ -212,6 +215,7 @@ _FIXED_PAGE = Doubt(
 
 SGLANG = Dialect(
     engine="sglang",
+    release="SGLang 0.5.23",
     model="--model-path",
     flags={
         "--model": "model",
@@ -299,6 +303,7 @@ _SEVERAL_GPUS = Doubt(
 
 LLAMA_CPP = Dialect(
     engine="llama.cpp",
+    release="llama.cpp of llama-cpp-python 0.3.36",
     model="--model",
     flags={
         "-m": "model",
@@ -370,6 +375,7 @@ LLAMA_CPP = Dialect(
 
 TENSORRT_LLM = Dialect(
     engine="tensorrt-llm",
+    release="TensorRT-LLM 1.2",
     model="--model",
     flags={
         "--tp-size": "point.tp",
@@ -425,3 +431,9 @@ IMAGES: tuple[tuple[re.Pattern[str], Dialect], ...] = (
     (re.compile(r"(\S+/)?(ggml-org|ggerganov)/llama\.cpp:server\S*"), LLAMA_CPP),
 )
 """Container images whose arguments are the server's."""
+
+TAGGED = re.compile(
+    r"(?:\S+/)?(?:vllm/vllm-openai[\w-]*|lmsysorg/sglang|nvidia/tensorrt-llm/[\w-]+|"
+    r"(?:ggml-org|ggerganov)/llama\.cpp):(?:[\w-]*-)?(v?\d+\.\d[\w.]*|b\d+)(?:[-@]\S*)?"
+)
+"""Images whose tag names a release."""

@@ -370,27 +370,26 @@ def changes_that_fit(
     """Single changes, as options, by which a deployment that does not fit would, wherever in their
     ranges estimates lie.
 
-    A smaller KV dtype, the fewest ranks of a power of two and the smallest GPU of the vendor's are
-    tried; the longest sequence and the most requests are known. Empty where none is enough.
+    A maximum no longer than the requests, a smaller KV dtype, the fewest ranks of a power of two
+    and the smallest GPU of the vendor's are tried; the longest sequence and the most requests are
+    known. Empty where none is enough.
     """
 
-    def first(option: str, changes: Iterable[Any]) -> list[str]:
-        """The first of the changes of an option that does."""
-        name = option.replace("-", "_")
-        for change in changes:
+    def first(changes: Iterable[tuple[str, Any]]) -> list[str]:
+        """The first of the changes of one option that does."""
+        for option, value in changes:
             try:
-                tried = fit(model, **{**deployment, name: change})
+                tried = fit(model, **{**deployment, option.replace("-", "_"): value})
             except KvcalcError:  # an engine or a model that cannot
                 continue
             if tried.fits and tried.sure:
-                return [f"--{option} {change}"]
+                return [f"--{option} {value}"]
         return []
 
-    found = first("kv-dtype", ["fp8"])
+    found = _shorter_maximum(model, report, deployment) + first([("kv-dtype", "fp8")])
     if "gpu" in deployment:
-        ranks = (2**power for power in range(1, 7) if 2**power > report.plan.tp)
-        found += first("tp", ranks)
-        found += first("gpu", (gpu.id for gpu in _larger_gpus(deployment["gpu"])))
+        found += first(("tp", 2**power) for power in range(1, 7) if 2**power > report.plan.tp)
+        found += first(("gpu", gpu.id) for gpu in _larger_gpus(deployment["gpu"]))
     longest = report.max_tokens_range[0]
     if own := report.size.max_tokens:
         longest = min(longest, own)
@@ -399,6 +398,16 @@ def changes_that_fit(
     if report.max_concurrency_range[0]:
         found.append(f"--concurrency {report.max_concurrency_range[0]}")
     return found
+
+
+def _shorter_maximum(model: str, report: FitReport, deployment: Mapping[str, Any]) -> list[str]:
+    """A maximum that vLLM would start for, where it does not for its own, and hold the requests."""
+    shorter = report.seq_tokens
+    if (report.plan.options.get("max_model_len") or 0) <= shorter:
+        return []
+    options = {**(deployment.get("options") or {}), "max_model_len": shorter}
+    tried = fit(model, **{**deployment, "options": options})
+    return [f"--option max_model_len={shorter}"] if tried.fits and tried.sure else []
 
 
 def _larger_gpus(gpu: "str | Gpu") -> "list[Gpu]":

@@ -31,7 +31,7 @@ from kvcalc.errors import (
     UnsupportedError,
 )
 from kvcalc.fitting import FitReport
-from kvcalc.hardware import is_file, named_gpu
+from kvcalc.hardware import file_path, is_file, named_gpu
 from kvcalc.layers import FullAttention, LatentAttention
 from kvcalc.layers.mixed import IndexKeys, NoCache
 from kvcalc.sizing import MAX_BATCH, MAX_RANKS, beyond_maximum, rank_bytes
@@ -475,7 +475,7 @@ def _gpu(said: str, file: str) -> str:
     if said == AUTO:
         msg = "auto would depend on the machine that checks: name an id of kvcalc gpus, or a YAML"
         raise InputError(msg)
-    named = str(Path(file).parent / Path(said).expanduser()) if is_file(said) else said
+    named = str(Path(file).parent / file_path(said)) if is_file(said) else said
     named_gpu(named)
     return named
 

@@ -152,7 +152,9 @@ def fit(
     ] = None,
     kv_memory: Annotated[
         str | None,
-        typer.Option(help="Instead: each rank's memory for its cache, as the engine prints it."),
+        typer.Option(
+            help="Instead: each rank's memory for its cache: 30GiB, or vLLM's line of it."
+        ),
     ] = None,
     share: Annotated[
         str | None, typer.Option(help="The engine's share of the GPU, 0.9; else its default.")

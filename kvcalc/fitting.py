@@ -67,7 +67,7 @@ class FitReport:
     @property
     def kv_dtype(self) -> str:
         """What the cache is kept in."""
-        return self.plan.dtype.name
+        return self.plan.kept_in
 
     @property
     def available_bytes(self) -> int:

@@ -99,8 +99,9 @@ class LeftOut(NamedTuple):
 
 class PlanReport(NamedTuple):
     """The `deployments` in their order, what is `left_out`, the ids of GPUs whose memory no driver
-    is known to have told (`unknown`), how far it is not prices that order them (`unpriced`), and
-    the ids of GPUs whose rows are fp16 in place of bf16 (`in_fp16`).
+    is known to have told (`unknown`), how far it is not prices that order them (`unpriced`), the
+    ids of GPUs whose rows are fp16 in place of bf16 (`in_fp16`), and of those where the server
+    must be told to run so many requests at once (`max_num_seqs`).
     """
 
     deployments: tuple[Deployment, ...]
@@ -108,6 +109,7 @@ class PlanReport(NamedTuple):
     unknown: tuple[str, ...] = ()
     unpriced: str = ""
     in_fp16: tuple[str, ...] = ()
+    max_num_seqs: tuple[str, ...] = ()
 
     def remarks(self) -> Iterator[str]:
         """What is not told by the deployments, line by line."""
@@ -117,6 +119,12 @@ class PlanReport(NamedTuple):
             yield (
                 f"{_enumerated(self.in_fp16)}: before compute capability 8.0 an engine computes in "
                 "fp16 (--dtype half), not in bf16"
+            )
+        if self.max_num_seqs:
+            requests = self.deployments[0].fit.concurrency
+            yield (
+                f"{_enumerated(self.max_num_seqs)}: with --max-num-seqs {requests}, for the server "
+                "runs fewer at once by itself"
             )
         for one in self.left_out:
             yield f"left out: {one}"
@@ -173,13 +181,15 @@ def plan(
             found[kind.key, fits[0].kv_dtype] = [_deployment(kind, fit) for fit in fits]
     deployments = [one for of_a_kind in found.values() for one in of_a_kind]
     deployments.sort(key=_by_price_and_memory)
-    listed = {one.gpu for one in deployments if one.kv_dtype == "fp16"}
+    listed = {one.gpu for one in deployments}
+    fp16 = {one.gpu for one in deployments if one.kv_dtype == "fp16"}
     return PlanReport(
         tuple(deployments),
         search.left_out(known, kv_dtypes),
         unknown,
         _unpriced(deployments, prices),
-        tuple(gpu for gpu in search.in_fp16 if gpu in listed),
+        tuple(gpu for gpu in search.in_fp16 if gpu in fp16),
+        tuple(gpu for gpu in search.more_requests if gpu in listed),
     )
 
 
@@ -259,6 +269,7 @@ class _Search:
         self.first: FitReport | None = None
         self._model = model
         self._point = point
+        self._engine = point.get("engine") or "vllm"
         self._heads = api.attention_heads(model)
         self._layers = len(model.architecture.layers)
         self._least: dict[tuple[Any, ...], int | UnsupportedError] = {}
@@ -267,6 +278,8 @@ class _Search:
         self._refusals: dict[tuple[str, str], KvcalcError] = {}
         self.in_fp16: dict[str, None] = {}
         """The GPUs that were asked for fp16 in place of bf16."""
+        self.more_requests: dict[str, None] = {}
+        """The GPUs whose server was asked for more requests at once than it runs by itself."""
 
     def fewest(self, kind: _Kind, kv_dtype: str) -> list[FitReport]:
         """The report of the fewest GPUs that hold the requests, if any number does; where these are
@@ -297,7 +310,8 @@ class _Search:
                 if self._least_bytes(kind, kept, tp, pp) > kind.total_bytes:
                     self._answer(asked, tp * pp)
                     continue
-                fit = api.fit(self._model, gpu=kind.gpu, kv_dtype=kept, tp=tp, pp=pp, **self._point)
+                point = {**self._point, "options": self._options(kind.gpu)}
+                fit = api.fit(self._model, gpu=kind.gpu, kv_dtype=kept, tp=tp, pp=pp, **point)
             except UnsupportedError as error:
                 self._refuse(asked, tp * pp, error)
                 continue
@@ -312,18 +326,29 @@ class _Search:
             if fit.fits:
                 yield fit
 
+    def _options(self, gpu: Gpu) -> dict[str, Any]:
+        """The engine's options on this GPU: the user's, else what its server takes, with room for
+        as many requests as are asked for.
+        """
+        options = engine_defaults(self._engine, gpu)
+        asked = self._point.get("concurrency") or 1
+        given = self._point.get("options") or {}
+        if options.get("max_num_seqs", asked) < asked and "max_num_seqs" not in given:
+            options["max_num_seqs"] = asked
+            self.more_requests[gpu.id] = None
+        return {**options, **given}
+
     def _kept(self, gpu: Gpu, kv_dtype: str) -> str:
         """The dtype to ask for, which is another where the GPU does not compute in bf16;
         UnsupportedError where it keeps no fp8.
         """
-        engine = self._point.get("engine") or "vllm"
-        if engine not in _NO_BF16 or not gpu.compute_capability:
+        if self._engine not in _NO_BF16 or not gpu.compute_capability:
             return kv_dtype
         if int(gpu.compute_capability.partition(".")[0]) >= 8:
             return kv_dtype
         name = kv_dtype.strip().lower()
         if name == "auto":
-            use = load_engine(engine).auto_dtype(self._model.architecture)
+            use = load_engine(self._engine).auto_dtype(self._model.architecture)
             name = str(use.value) if isinstance(use, FieldUse) else name
         if name != "auto":
             name = storage_format(name).name
@@ -364,11 +389,11 @@ class _Search:
         weights = ceil_div(self.first.weights_bytes or 0, tp * pp)
         if weights > kind.total_bytes:
             return weights
-        defaults = engine_defaults(self.first.engine, kind.gpu)
-        key = (kv_dtype, tp, pp, *defaults.values())
+        options = self._options(kind.gpu)
+        key = (kv_dtype, tp, pp, *options.values())
         if key not in self._least:
             try:
-                self._least[key] = self._cache_bytes(self.first, kv_dtype, tp, pp, defaults)
+                self._least[key] = self._cache_bytes(self.first, kv_dtype, tp, pp, options)
             except UnsupportedError as error:
                 self._least[key] = error
         least = self._least[key]
@@ -377,7 +402,7 @@ class _Search:
         return weights + least
 
     def _cache_bytes(
-        self, first: FitReport, kv_dtype: str, tp: int, pp: int, defaults: Mapping[str, Any]
+        self, first: FitReport, kv_dtype: str, tp: int, pp: int, options: Mapping[str, Any]
     ) -> int:
         """What the requests take of each rank."""
         cache, _ = rank_bytes(
@@ -386,7 +411,7 @@ class _Search:
             engine=first.engine,
             tp=tp,
             pp=pp,
-            options={**defaults, **(self._point.get("options") or {})},
+            options=options,
         )
         return cache(first.seq_tokens, first.concurrency)
 

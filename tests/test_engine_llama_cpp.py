@@ -396,6 +396,20 @@ def test_wrong_options(options, words):
         kvcalc.size(LLAMA, seq=8192, engine="llama.cpp", options=options)
 
 
+def test_the_types_of_k_and_v_are_told():
+    """What options make of the KV dtype stands where a reader looks for it, in fit too."""
+    for options, said in (
+        ({}, "fp16"),
+        ({"type_k": "q8_0", "type_v": "q8_0"}, "q8_0"),
+        ({"type_k": "q8_0"}, "q8_0 K, fp16 V"),
+    ):
+        report = kvcalc.size(QWEN, seq=1024, engine="llama.cpp", options=options)
+        assert report.kv_dtype == said
+        assert (report.kv_dtype_origin == "options of the engine") == bool(options)
+        held = kvcalc.fit(QWEN, seq=1024, engine="llama.cpp", kv_memory="4GiB", options=options)
+        assert held.kv_dtype == said
+
+
 def test_every_type_that_is_taken_is_known():
     """The table names model types of families, and windows only of types that it takes."""
     engine = load_engine("llama.cpp")

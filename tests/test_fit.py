@@ -78,9 +78,9 @@ def test_an_engines_own_pools_decide(capsys, monkeypatch):
     command = ["fit", "llama-3.1-8b", "--kv-memory", "4GiB", "--seq", "8k"]
     assert cli.run([*command, "--option", "max_model_len=128k"]) == 1
     shown = capsys.readouterr().out
-    assert "does not fit  3.000 GiB left, but the engine's pools below hold less" in shown
-    assert "starts no" in shown
-    assert cli.run(command) == 0
+    assert "does not fit  3.000 GiB left, but the engine does not start" in shown
+    assert "would fit with    --option max_model_len=8192" in shown
+    assert cli.run([*command, "--option", "max_model_len=8192"]) == 0
     hybrid = {"kv_memory": "20GiB", "engine": "sglang", "tp": 4, "seq": "128k"}
     model = "Qwen/Qwen3-Next-80B-A3B-Instruct"
     report = kvcalc.fit(model, **hybrid)

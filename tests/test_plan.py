@@ -406,7 +406,7 @@ def test_a_plan_that_estimates_leave_open_says_so(capsys):
 def test_no_more_stages_than_layers_are_tried():
     """A model of 32 layers is not split into more of them, whatever `max_gpus` allows."""
     point = {"seq": "1M", "gpus": ["rtx-4090"], "reserve": "2GiB", "max_gpus": 64}
-    assert planning.plan(MODEL, concurrency=200, **point) == ((), (), (), "", ())
+    assert planning.plan(MODEL, concurrency=200, **point) == planning.PlanReport(())
     shapes = planning._Search(api.read_model(MODEL), {})._shapes(64)
     assert {pp for _, pp in shapes} == {*range(1, 33)}
 
@@ -462,3 +462,17 @@ def test_where_nothing_serves_the_reason_is_told(arguments, status, reason, caps
     said = capsys.readouterr()
     assert reason in said.err
     assert said.out == ""
+
+
+def test_more_requests_than_a_server_runs_by_itself_are_asked_of_it(capsys):
+    """The rows are those of vLLM with --max-num-seqs, which is told; a given option stands."""
+    point = {"seq": "2k", "concurrency": 500, "gpus": ["l40s", "h100-sxm-80gb"]}
+    report = planning.plan(MODEL, **point)
+    assert report.max_num_seqs == ("l40s",)
+    assert report.left_out == ()
+    seqs = {one.gpu: one.fit.plan.options["max_num_seqs"] for one in report.deployments}
+    assert seqs == {"l40s": 500, "h100-sxm-80gb": 1024}
+    (told,) = report.remarks()
+    assert told == "l40s: with --max-num-seqs 500, for the server runs fewer at once by itself"
+    with pytest.raises(InputError, match="runs 300 requests at once"):
+        planning.plan(MODEL, options={"max_num_seqs": 300}, **point)

@@ -33,6 +33,12 @@ class Plan(NamedTuple):
     pp: int
     options: Mapping[str, Any]
 
+    @property
+    def kept_in(self) -> str:
+        """The format of K and V, or of each where an engine's options tell them apart."""
+        key, value = (self.options.get(name) or self.dtype.name for name in ("type_k", "type_v"))
+        return str(key) if key == value else f"{key} K, {value} V"
+
 
 class Engine(Protocol):
     """What a module of this package offers.

@@ -262,7 +262,9 @@ def _verdict(report: FitReport) -> Text:
     over = "left" if headroom >= 0 else "missing"
     verdict.append(f"  {format_bytes(abs(headroom))} {over}", style="default")
     if not fits and headroom >= 0:
-        verdict.append(", but the engine's pools below hold less", style="default")
+        starts = (report.printed or {}).get("starts", True)
+        why = "the engine's pools below hold less" if starts else "the engine does not start"
+        verdict.append(f", but {why}", style="default")
     if not report.sure:
         other = "most" if fits else "least"
         verdict.append(f", but not if estimates are at their {other}", style="bold yellow")

@@ -209,8 +209,9 @@ def fit(
         raise InputError(msg)
     if command is not None:
         from kvcalc.pasted import command_text
+        from kvcalc.pasted.deployment import pasted_deployment
 
-        model, given, notes = api.pasted_deployment(command_text(command), **given)
+        model, given, notes = pasted_deployment(command_text(command), **given)
         for note in notes:
             _complain(note)
     elif model is None:

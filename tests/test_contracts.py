@@ -53,7 +53,7 @@ def test_sizing_loads_nothing_heavy(model, tmp_path):
 RANKS = (
     ("errors",),
     ("units", "data"),
-    ("dtypes", "origin", "pasted", "strict_yaml"),
+    ("dtypes", "origin", "strict_yaml"),
     ("layers", "config"),
     ("families", "strategies"),
     ("engines", "hardware"),
@@ -63,7 +63,7 @@ RANKS = (
     ("fitting",),
     ("sources",),
     ("api",),
-    ("checking", "planning"),
+    ("checking", "pasted", "planning"),
     ("__init__",),
     ("measure",),
     ("render",),

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 import kvcalc
 from kvcalc import cli
-from kvcalc.api import pasted_deployment
 from kvcalc.engines import load_engine
 from kvcalc.pasted import MAX_CHARACTERS, Pasted, command_text, read_command
 from kvcalc.pasted._flags import STARTS
+from kvcalc.pasted.deployment import pasted_deployment
 from kvcalc.units import GIB
 
 MODEL = "meta-llama/Llama-3-8B"

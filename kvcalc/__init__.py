@@ -5,6 +5,8 @@
 17179869184
 """
 
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
 from kvcalc.api import fit, size
 from kvcalc.errors import (
     ConfigError,
@@ -18,8 +20,10 @@ from kvcalc.errors import (
     PredictionBrokenError,
     UnsupportedError,
 )
-from kvcalc.fitting import FitReport
 from kvcalc.sizing import SizeReport
+
+if _TYPE_CHECKING:
+    from kvcalc.fitting import FitReport
 
 __version__ = "0.1.0"
 
@@ -39,3 +43,13 @@ __all__ = [
     "fit",
     "size",
 ]
+
+
+def __getattr__(name: str) -> object:
+    """What sizing does not need is loaded when it is asked for."""
+    if name == "FitReport":
+        from kvcalc.fitting import FitReport
+
+        return FitReport
+    msg = f"module 'kvcalc' has no attribute {name!r}"
+    raise AttributeError(msg)

@@ -7,12 +7,10 @@ from os import PathLike, fspath
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvcalc import sources
-from kvcalc.budget import ASKED, BudgetLine, engine_defaults, gpu_budget
 from kvcalc.config import ConfigFields
 from kvcalc.engines import engine_names, load_engine, read_options
 from kvcalc.errors import InputError, KvcalcError, UnsupportedError
 from kvcalc.families import Architecture, decoder_level, describe
-from kvcalc.fitting import FitReport, fit_architecture
 from kvcalc.origin import Origin
 from kvcalc.sizing import MAX_RANKS, Segment, SizeReport, size_architecture
 from kvcalc.sources import catalogue
@@ -20,6 +18,7 @@ from kvcalc.strategies import ALL, ChosenStrategy, load_strategy, strategy_names
 from kvcalc.units import MAX_TOKENS, check_count, parse_bytes, parse_tokens, shown
 
 if TYPE_CHECKING:
+    from kvcalc.fitting import FitReport
     from kvcalc.hardware import Gpu
     from kvcalc.weights import Weights
 
@@ -117,7 +116,7 @@ def fit(
     pp: int = 1,
     options: Mapping[str, Any] | None = None,
     revision: str | None = None,
-) -> FitReport:
+) -> "FitReport":
     """What an engine holds in the memory that each rank has for its cache.
 
     `model` and the engine's parameters are those of `size`. The memory is `kv_memory` in bytes
@@ -127,6 +126,9 @@ def fit(
     estimated without one. Options that the engine's server sets by the device are set so. Without
     `seq` the model's own maximum is meant. Raises what `size` raises.
     """
+    from kvcalc.budget import BudgetLine, engine_defaults, gpu_budget
+    from kvcalc.fitting import fit_architecture
+
     read = read_model(model, revision=revision)
     architecture, origin, config = read
     if seq is None and not architecture.max_tokens:
@@ -134,7 +136,7 @@ def fit(
         raise InputError(msg)
     check_count(tp, name="tp", most=MAX_RANKS)
     check_count(pp, name="pp", most=MAX_RANKS)
-    if (heads := attention_heads(read)) % tp:
+    if tp > 1 and (heads := attention_heads(read)) % tp:
         msg = (
             f"engines give each rank whole query heads, and {heads} are no multiple of --tp {tp}; "
             "deciding field: num_attention_heads"
@@ -186,6 +188,7 @@ def fit(
 
 def _weights(model: Model, given: int | str | None) -> "Weights":
     """The weights' bytes: those that are given, else counted."""
+    from kvcalc.budget import ASKED
     from kvcalc.sources.checkpoint import weights_of_model
     from kvcalc.weights import Weights
 
@@ -208,7 +211,7 @@ def attention_heads(model: Model) -> int:
 
 def changes_that_fit(
     model: str,
-    report: FitReport,
+    report: "FitReport",
     **deployment: Any,  # noqa: ANN401 - parameters of `fit`
 ) -> list[str]:
     """Single changes, as options, by which a deployment that does not fit would, wherever in their
@@ -244,7 +247,7 @@ def changes_that_fit(
     return found
 
 
-def _shorter_maximum(model: str, report: FitReport, deployment: Mapping[str, Any]) -> list[str]:
+def _shorter_maximum(model: str, report: "FitReport", deployment: Mapping[str, Any]) -> list[str]:
     """A maximum that vLLM would start for, where it does not for its own, and hold the requests."""
     shorter = report.seq_tokens
     if (report.plan.options.get("max_model_len") or 0) <= shorter:

@@ -6,7 +6,7 @@ or requests never take less. How much memory there is, is worked out in `kvcalc.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from math import inf
 from typing import TYPE_CHECKING, Any
 
@@ -151,8 +151,10 @@ class FitReport:
             needed = self.needed_for(tokens, batch)
         except InputError:
             return inf
+        if needed > memory or self._holds is None:
+            return needed
         plan = self.plan._replace(tokens=tokens, batch=batch)
-        return needed if needed > memory or self._fit(plan, needed, memory) else inf
+        return needed if self._fit(plan, needed, memory) else inf
 
     @cached_property
     def fits(self) -> bool:
@@ -261,6 +263,7 @@ def _largest(
     `takes` never falls. Looked for near where `_straight` leads, then farther and farther away, a
     `step` at first, and then by bisection.
     """
+    takes = cache(takes)
     if takes(most) <= available:  # windows alone
         return most
     here = _straight(takes, available, most, first, step)

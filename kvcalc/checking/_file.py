@@ -298,28 +298,33 @@ def _share(said: str) -> Fraction:
 
 def _requirement(place: Place, node: Node) -> Requirement:
     said = text(place, node, wanted="a requirement such as headroom >= 10%")
+    return Requirement(place, " ".join(said.split()), *_placed(place, _asked, said))
+
+
+@cache
+def _asked(said: str) -> tuple[str, str, int | Fraction]:
+    """The figure, the comparison and the bound of a requirement."""
     match = re.fullmatch(r"([\w-]+)\s*(?:(>=|<=|==|>|<)\s*(\S.*))?", said)
-    name = match[1] if match else said.split()[0]
+    name = match[1] if match else said.split(maxsplit=1)[0]
     if name not in FIGURES:
         msg = f"unknown requirement {shown(name)}{did_you_mean(name, FIGURES)}"
-        raise place.wrong(msg)
+        raise InputError(msg)
     kind = FIGURES[name].kind
     if match is None or (match[2] is None) != (kind == "flag"):
         wanted = {"count": f"{name} >= 24", "bytes": f"{name} <= 20 GiB", "flag": name}
         example = wanted.get(kind, f"{name} >= 10%")
         msg = f"{shown(said)} is no requirement; write {example}"
-        raise place.wrong(msg)
-    bound: int | Fraction = True
+        raise InputError(msg)
+    if kind == "flag":
+        return name, "==", True
     if kind == "count":
-        bound = _placed(place, lambda value: _tokens(value, name), match[3])
-    elif kind != "flag" and match[3].endswith("%"):
-        if kind == "bytes":
-            msg = f"{name} is a number of bytes, not a part: write 20 GiB"
-            raise place.wrong(msg)
-        bound = _placed(place, _share, match[3])
-    elif kind != "flag":
-        bound = _placed(place, lambda value: _bytes(value, name), match[3])
-    return Requirement(place, " ".join(said.split()), name, match[2] or "==", bound)
+        return name, match[2], _tokens(match[3], name)
+    if not match[3].endswith("%"):
+        return name, match[2], _bytes(match[3], name)
+    if kind == "bytes":
+        msg = f"{name} is a number of bytes, not a part: write 20 GiB"
+        raise InputError(msg)
+    return name, match[2], _share(match[3])
 
 
 def write_starter(path: Path) -> None:

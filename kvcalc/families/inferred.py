@@ -22,7 +22,7 @@ UNDERSTANDS = frozenset({"layer_types", "sliding_window"})
 
 _NEEDED = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "hidden_size")
 
-_SUSPECT = re.compile(
+_SUSPECT = (
     r"window|chunk|lora_rank|mamba|ssm|state|conv|linear_|recurr|cross|encoder|compress|shar(e_|ed_kv)"
     r"|index|block_|latent|kv_(?!heads)|_kv_|mla|no_rope|layer_group|hybrid|pattern|memory|prompt"
     r"|local|global|cycles|per_layer|swa|attn_type|attention_type|sparse_att|v_head|attn_mod"
@@ -37,7 +37,7 @@ def claims(data: Mapping[str, Any]) -> bool:
     if any(not isinstance(data.get(key), int) for key in _NEEDED):
         return False
     suspected = any(
-        value not in (None, False, 0, "", [], {}) and _SUSPECT.search(key)
+        value not in (None, False, 0, "", [], {}) and re.search(_SUSPECT, key)
         for key, value in data.items()
         if isinstance(key, str) and key not in _HARMLESS
     )

@@ -23,16 +23,15 @@ NOTE: Final = f"quantization_config is that of {FILE} beside config.json"
 _OWN: Final = ("quantization_config", "compression_config", "quantization")
 """Fields that say it: transformers', compressed-tensors' before 0.6, MLX's."""
 
-_QUANTISED: Final = re.compile(
-    r"(?<![a-z0-9])"
+_QUANTISED: Final = (
+    r"(?i)(?<![a-z0-9])"
     r"(?:(?:nv|mx)?fp[468]|nf4|int[2348]|awq|gptq|bnb|exl[23]|[2348]-?bits?|w[2348](?=a))"
     r"(?:a(?:4|8|16|fp8))?"
-    r"(?![a-z0-9])",
-    re.IGNORECASE,
+    r"(?![a-z0-9])"
 )
 """`FP8`, `NVFP4`, `MXFP4`, `int4`, `w4a16`, `AWQ`, `bnb-4bit`, each a word of its own."""
 
-_PLAIN: Final = re.compile(r"(?<![a-z0-9])(?:bf16|fp16|fp32|un-?quant|de-?quant)", re.IGNORECASE)
+_PLAIN: Final = r"(?i)(?<![a-z0-9])(?:bf16|fp16|fp32|un-?quant|de-?quant)"
 """What contradicts it: `qat-int4-unquantized`, `FP8-to-BF16`."""
 
 
@@ -68,7 +67,7 @@ def merged(config: Mapping[str, Any], said: Mapping[str, Any], *, name: str) -> 
 def named(origin: Origin) -> str:
     """What the last part of a model's name says of a quantised format (`NVFP4`); else empty."""
     name = name_of(origin)
-    found = None if _PLAIN.search(name) else _QUANTISED.search(name)
+    found = None if re.search(_PLAIN, name) else re.search(_QUANTISED, name)
     return found[0] if found else ""
 
 

@@ -12,7 +12,7 @@ from kvcalc.engines import engine_names, load_engine, read_options
 from kvcalc.errors import InputError, KvcalcError, UnsupportedError
 from kvcalc.families import Architecture, decoder_level, describe
 from kvcalc.origin import Origin
-from kvcalc.sizing import MAX_RANKS, Segment, SizeReport, size_architecture
+from kvcalc.sizing import MAX_BATCH, MAX_RANKS, Segment, SizeReport, size_architecture
 from kvcalc.sources import catalogue
 from kvcalc.strategies import ALL, ChosenStrategy, load_strategy, strategy_names
 from kvcalc.units import MAX_TOKENS, check_count, parse_bytes, parse_tokens, shown
@@ -116,6 +116,8 @@ def fit(
     pp: int = 1,
     options: Mapping[str, Any] | None = None,
     revision: str | None = None,
+    max_seq: int = MAX_TOKENS,
+    max_requests: int = MAX_BATCH,
 ) -> "FitReport":
     """What an engine holds in the memory that each rank has for its cache.
 
@@ -124,7 +126,8 @@ def fit(
     id of `kvcalc gpus`, a YAML file, or `auto`): the engine's `share`, less the weights (counted,
     or `weights` in bytes), less a `reserve` for activations, context and graphs, which are
     estimated without one. Options that the engine's server sets by the device are set so. Without
-    `seq` the model's own maximum is meant. Raises what `size` raises.
+    `seq` the model's own maximum is meant. `max_seq` and `max_requests` are the most tokens of a
+    request, and requests at once, that the server takes. Raises what `size` raises.
     """
     from kvcalc.budget import BudgetLine, engine_defaults, gpu_budget
     from kvcalc.fitting import fit_architecture
@@ -143,10 +146,17 @@ def fit(
         )
         raise UnsupportedError(msg)
     counted = None
+    notes: tuple[str, ...] = ()
     told = dict(options or {})
     if kv_memory is not None:
         if gpu is not None or reserve is not None or weights is not None:
             msg = "--kv-memory says how much there is: leave --gpu, --reserve and --weights out"
+            raise InputError(msg)
+        if str(kv_memory).rpartition(":")[2].strip().startswith(("-", "0 ", "0.0 ", "0.00 ")):
+            msg = (
+                "--kv-memory: the engine had nothing left for its cache; it needs a larger share, "
+            )
+            msg += "more ranks or another GPU"
             raise InputError(msg)
         given = parse_bytes(kv_memory, name="--kv-memory")
         lines: tuple[BudgetLine, ...] = (BudgetLine("KV cache", given, "asked for", ""),)
@@ -154,10 +164,13 @@ def fit(
         msg = "give --gpu (kvcalc gpus lists ids), or --kv-memory, as the engine prints it"
         raise InputError(msg)
     else:
-        from kvcalc.device import choose_gpu
+        from kvcalc.device import IN_FP16, choose_gpu, kept_dtype
 
         load_engine(engine)
         device = choose_gpu(gpu, ranks=tp * pp)
+        kept = kept_dtype(device, engine, kv_dtype, architecture)
+        notes = () if kept == kv_dtype else (f"{device.id}: {IN_FP16}",)
+        kv_dtype = kept
         told = {**engine_defaults(engine, device), **told}
         counted = _weights(read, weights)
         lines = gpu_budget(
@@ -183,6 +196,9 @@ def fit(
         tp=tp,
         pp=pp,
         options=told,
+        max_seq=max_seq,
+        max_requests=max_requests,
+        notes=notes,
     )
 
 
@@ -197,7 +213,7 @@ def _weights(model: Model, given: int | str | None) -> "Weights":
     try:
         return weights_of_model(model.config, model.origin)
     except UnsupportedError as error:
-        msg = f"{error}; or give --weights 140GB"
+        msg = f"{error}; or give the weights: 140GB"
         raise UnsupportedError(msg) from None
 
 

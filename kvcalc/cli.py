@@ -317,7 +317,7 @@ def plan(
 ) -> None:
     """List the GPUs, and how many of them, that serve so many requests: least memory first.
 
-    Exit status: 0 some are listed, 1 none is.
+    Exit status: 0 some are listed, 1 none is, 2 bad input, 3 refused.
     """
     from kvcalc import api, planning
 

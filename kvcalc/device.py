@@ -3,7 +3,11 @@
 import datetime
 from typing import TYPE_CHECKING, NamedTuple
 
-from kvcalc.errors import InputError, MissingDependencyError
+from kvcalc.config import FieldUse
+from kvcalc.dtypes import storage_format
+from kvcalc.engines import load_engine
+from kvcalc.errors import InputError, MissingDependencyError, UnsupportedError
+from kvcalc.families import Architecture
 from kvcalc.hardware import FIGURES, Figure, Gpu, find_gpu, named_gpu
 from kvcalc.units import shown
 
@@ -11,6 +15,19 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 AUTO = "auto"
+
+_NO_BF16 = ("vllm", "sglang")
+"""Engines that do not compute in bf16, nor keep a cache in fp8, before compute capability 8.0.
+
+vLLM refuses bf16 there and names `--dtype half`; SGLang takes fp16 itself. Of vLLM's attention
+FlashInfer takes an fp8 cache from 8.0 on (7.5 before v0.24.0), Triton from 8.9 on
+(v1/attention/backends/flashinfer.py and triton_attn.py; vllm-project/vllm#45375, #47549).
+"""
+
+IN_FP16 = "before compute capability 8.0 an engine computes in fp16 (--dtype half), not in bf16"
+
+AMPERE = 8
+"""The compute capability since which there is bf16."""
 
 _ELSE = "else name an id of kvcalc gpus"
 
@@ -26,6 +43,26 @@ class _Board(NamedTuple):
     name: str
     total_bytes: int
     reserved_bytes: int | None
+
+
+def kept_dtype(gpu: Gpu, engine: str, kv_dtype: str, architecture: Architecture) -> str:
+    """The dtype to ask for on a GPU: fp16 where it does not compute in bf16; UnsupportedError where
+    it keeps no fp8.
+    """
+    if engine not in _NO_BF16 or not gpu.compute_capability:
+        return kv_dtype
+    if int(gpu.compute_capability.partition(".")[0]) >= AMPERE:
+        return kv_dtype
+    name = kv_dtype.strip().lower()
+    if name == "auto":
+        use = load_engine(engine).auto_dtype(architecture)
+        name = str(use.value) if isinstance(use, FieldUse) else name
+    if name != "auto":
+        name = storage_format(name).name
+    if name == "fp8":
+        msg = "an fp8 cache needs compute capability 8.0"
+        raise UnsupportedError(msg)
+    return "fp16" if name == "bf16" else kv_dtype
 
 
 def choose_gpu(said: str | Gpu, *, ranks: int = 1) -> Gpu:

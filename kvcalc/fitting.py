@@ -37,6 +37,8 @@ class FitReport:
     - `budget`: the terms that `available_bytes` is the sum of, and `weights_bytes` the model's
       weights on all ranks, None where they are not among them or assumed in part, `weights_notes`
       what to know of them;
+    - `limits`: the most tokens of a request, and requests at once, that its server takes; `notes`:
+      what else to know;
     - each `_range`: the least and the most, where terms are estimates; both the same where not.
 
     What takes a search is looked for when it is asked for.
@@ -48,6 +50,8 @@ class FitReport:
     budget: tuple[BudgetLine, ...]
     weights_bytes: int | None
     weights_notes: tuple[str, ...]
+    limits: tuple[int, int]
+    notes: tuple[str, ...]
     needed_bytes: int
     needed_for: Callable[[int, int], int]
     _architecture: Architecture
@@ -124,13 +128,13 @@ class FitReport:
 
     def _most_requests(self, memory: int) -> int:
         tokens, batch = self.seq_tokens, self.concurrency
-        return _largest(lambda most: self._takes(tokens, most, memory), memory, MAX_BATCH, batch, 1)
+        limit = self.limits[1]
+        return _largest(lambda most: self._takes(tokens, most, memory), memory, limit, batch, 1)
 
     def _most_tokens(self, memory: int) -> int:
         tokens, batch = self.seq_tokens, self.concurrency
-        return _largest(
-            lambda most: self._takes(most, batch, memory), memory, MAX_TOKENS, tokens, 16
-        )
+        limit = self.limits[0]
+        return _largest(lambda most: self._takes(most, batch, memory), memory, limit, tokens, 16)
 
     def fits_in(self, memory: int, needed_bytes: int | None = None) -> bool:
         """Whether so much memory holds the requests, or as many that need so many bytes."""
@@ -198,6 +202,7 @@ class FitReport:
             "budget": [line._asdict() for line in self.budget],
             "weights_bytes": self.weights_bytes,
             "weights_notes": self.weights_notes,
+            "notes": self.notes,
             "kv_cache_bytes_per_rank_range": self.available_range,
             "fits": self.fits,
             "sure": self.sure,
@@ -224,14 +229,18 @@ def fit_architecture(
     pp: int = 1,
     options: Mapping[str, Any] | None = None,
     weights: "Weights | None" = None,
+    max_seq: int = MAX_TOKENS,
+    max_requests: int = MAX_BATCH,
+    notes: tuple[str, ...] = (),
 ) -> FitReport:
-    """What the memory that the `budget` leaves each rank holds.
+    """What the memory that the `budget` leaves each rank holds, of a server that takes up to
+    `max_seq` tokens of a request and up to `max_requests` at once.
 
     Raises InputError for a value out of range and UnsupportedError where the engine has no exact
     size for the model.
     """
-    check_count(seq_tokens, name="seq", most=MAX_TOKENS)
-    check_count(concurrency, name="concurrency", most=MAX_BATCH)
+    check_count(seq_tokens, name="seq", most=max_seq)
+    check_count(concurrency, name="concurrency", most=max_requests)
     point: dict[str, Any] = {
         "kv_dtype": kv_dtype,
         "engine": engine,
@@ -247,6 +256,8 @@ def fit_architecture(
         budget=budget,
         weights_bytes=weights.num_bytes if weights and weights.least_bytes is None else None,
         weights_notes=weights.notes if weights else (),
+        limits=(max_seq, max_requests),
+        notes=notes,
         needed_bytes=needed_by(seq_tokens, concurrency),
         needed_for=needed_by,
         _architecture=architecture,

@@ -10,10 +10,8 @@ from typing import Any, NamedTuple
 
 from kvcalc import api
 from kvcalc.budget import engine_defaults
-from kvcalc.config import FieldUse
-from kvcalc.device import AUTO, this_machine
+from kvcalc.device import AUTO, IN_FP16, kept_dtype, this_machine
 from kvcalc.dtypes import storage_format
-from kvcalc.engines import load_engine
 from kvcalc.errors import InputError, KvcalcError, UnsupportedError
 from kvcalc.fitting import FitReport
 from kvcalc.hardware import (
@@ -35,14 +33,6 @@ SCHEMA = "kvcalc.plan/1"
 
 MAX_GPUS = 64
 """The most GPUs that a plan tries of a kind."""
-
-_NO_BF16 = ("vllm", "sglang")
-"""Engines that do not compute in bf16, nor keep a cache in fp8, before compute capability 8.0.
-
-vLLM refuses bf16 there and names `--dtype half`; SGLang takes fp16 itself. Of vLLM's attention
-FlashInfer takes an fp8 cache from 8.0 on (7.5 before v0.24.0), Triton from 8.9 on
-(v1/attention/backends/flashinfer.py and triton_attn.py; vllm-project/vllm#45375, #47549).
-"""
 
 
 class Deployment(NamedTuple):
@@ -116,10 +106,7 @@ class PlanReport(NamedTuple):
         if self.unpriced:
             yield self.unpriced
         if self.in_fp16:
-            yield (
-                f"{_enumerated(self.in_fp16)}: before compute capability 8.0 an engine computes in "
-                "fp16 (--dtype half), not in bf16"
-            )
+            yield f"{_enumerated(self.in_fp16)}: {IN_FP16}"
         if self.max_num_seqs:
             requests = self.deployments[0].fit.concurrency
             yield (
@@ -129,8 +116,7 @@ class PlanReport(NamedTuple):
         for one in self.left_out:
             yield f"left out: {one}"
         if self.unknown:
-            count = len(self.unknown)
-            yield f"{count} GPU{'s' * (count > 1)} left out: no driver's figure of their memory"
+            yield f"left out: {_enumerated(self.unknown)}: no driver's figure of their memory"
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data; the schema is `kvcalc.plan/1`."""
@@ -142,6 +128,9 @@ class PlanReport(NamedTuple):
                 for one in self.left_out
             ],
             "without_known_memory": self.unknown,
+            "in_fp16": self.in_fp16,
+            "max_num_seqs": self.max_num_seqs,
+            "unpriced": self.unpriced,
         }
 
 
@@ -171,7 +160,7 @@ def plan(
     priced = read_prices(prices) if prices else {}
     kinds = {kind.key: kind for kind in (_kind(one, max_gpus, priced) for one in gpus or gpu_ids())}
     unknown = tuple(kind.gpu.id for kind in kinds.values() if not kind.gpu.total_bytes)
-    if gpus and unknown:
+    if gpus and unknown and len(unknown) == len(kinds):
         raise no_figure(*unknown)
     known = [kind for kind in kinds.values() if kind.gpu.total_bytes]
     search = _Search(api.read_model(model, revision=revision), point)
@@ -301,10 +290,12 @@ class _Search:
         """The reports of those shapes that hold the requests. What is refused is passed over."""
         asked = kind.key, kv_dtype
         try:
-            kept = self._kept(kind.gpu, kv_dtype)
+            kept = kept_dtype(kind.gpu, self._engine, kv_dtype, self._model.architecture)
         except UnsupportedError as error:
             self._refuse(asked, 0, error)
             return
+        if kept != kv_dtype:
+            self.in_fp16[kind.gpu.id] = None
         for tp, pp in shapes:
             try:
                 if self._least_bytes(kind, kept, tp, pp) > kind.total_bytes:
@@ -337,28 +328,6 @@ class _Search:
             options["max_num_seqs"] = asked
             self.more_requests[gpu.id] = None
         return {**options, **given}
-
-    def _kept(self, gpu: Gpu, kv_dtype: str) -> str:
-        """The dtype to ask for, which is another where the GPU does not compute in bf16;
-        UnsupportedError where it keeps no fp8.
-        """
-        if self._engine not in _NO_BF16 or not gpu.compute_capability:
-            return kv_dtype
-        if int(gpu.compute_capability.partition(".")[0]) >= 8:
-            return kv_dtype
-        name = kv_dtype.strip().lower()
-        if name == "auto":
-            use = load_engine(self._engine).auto_dtype(self._model.architecture)
-            name = str(use.value) if isinstance(use, FieldUse) else name
-        if name != "auto":
-            name = storage_format(name).name
-        if name == "fp8":
-            msg = "an fp8 cache needs compute capability 8.0"
-            raise UnsupportedError(msg)
-        if name == "bf16":
-            self.in_fp16[gpu.id] = None
-            return "fp16"
-        return kv_dtype
 
     def _answer(self, asked: tuple[str, str], num_gpus: int) -> None:
         """So many could be computed: a refusal of fewer, or of another split, decides nothing."""

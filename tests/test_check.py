@@ -710,3 +710,23 @@ def test_more_tokens_than_the_model_was_made_for_are_noted(tmp_path, capsys, mon
     report = checking.check([path])
     assert f"- chat: {said}\n" in checked.step_summary(report)
     assert report.to_dict()["deployments"][0]["note"] == said
+
+
+def test_headroom_that_nothing_fits_into_does_not_hold(tmp_path):
+    """Nor do requests beyond the server's own bound count, with a shared prefix either."""
+    text = """\
+deployments:
+  pools:
+    model: Qwen/Qwen3-0.6B
+    kv_memory: 3GiB
+    options: {max_model_len: 32k}
+    workload: {sequence: 4k, concurrency: 2}
+    require: [headroom >= 10%, headroom >= 0%]
+"""
+    result = one(tmp_path, text)
+    assert result.figures["headroom"] > 0
+    assert [outcome.holds for outcome in result.outcomes] == [False, False]
+    assert "vLLM does not start for max_model_len" in checked.told(checked_text(tmp_path, text))
+    shared = text.replace("max_model_len: 32k", "max_num_seqs: 128").replace("3GiB", "60GiB")
+    shared = shared.replace("concurrency: 2", "concurrency: 2, prefix_share: 90%")
+    assert one(tmp_path, shared).figures["max_concurrency"] == 128

@@ -164,7 +164,7 @@ def test_weights_may_be_given():
     counted = kvcalc.fit(MODEL, gpu="h100-sxm-80gb", reserve="3GiB")
     assert given.available_bytes == counted.available_bytes
     assert given.weights_bytes == WEIGHTS
-    with pytest.raises(kvcalc.UnsupportedError, match="or give --weights 140GB"):
+    with pytest.raises(kvcalc.UnsupportedError, match="or give the weights: 140GB"):
         kvcalc.fit("internlm/internlm2_5-7b-chat", gpu="h100-sxm-80gb", seq=4096)
     told = kvcalc.fit(
         "internlm/internlm2_5-7b-chat", gpu="h100-sxm-80gb", seq=4096, weights="15.5 GB"
@@ -259,3 +259,32 @@ def test_what_would_make_it_fit_does(capsys):
         assert json.loads(capsys.readouterr().out)["changes_that_fit"] == []
     assert cli.run(deployment) == 1
     assert "would fit with" in capsys.readouterr().out
+
+
+def test_a_gpu_before_ampere_computes_in_fp16(capsys, monkeypatch):
+    """The answer says so, refuses an fp8 cache there, and does not advise one."""
+    monkeypatch.setenv("COLUMNS", "200")
+    command = ["fit", "Qwen/Qwen3-0.6B", "--gpu", "t4", "--seq", "40k", "--concurrency", "4"]
+    assert cli.run(command) == 1
+    shown = capsys.readouterr().out
+    assert "tokens, fp16, engine vllm" in shown
+    assert "note: t4: before compute capability 8.0 an engine computes in fp16" in shown
+    assert "--kv-dtype fp8" not in shown
+    assert cli.run([*command, "--kv-dtype", "fp8"]) == 3
+    assert "needs compute capability 8.0" in capsys.readouterr().err
+
+
+def test_slots_of_states_bound_models_that_have_states():
+    """SGLang's max_mamba_cache_size means nothing to a model of full attention."""
+    point = {"kv_memory": "40GiB", "engine": "sglang", "seq": 1024, "concurrency": 50}
+    options = {"max_mamba_cache_size": 64}
+    assert kvcalc.fit(MODEL, **point, options=options).fits
+    with pytest.raises(kvcalc.InputError, match="12 requests at once"):
+        kvcalc.fit("Qwen/Qwen3-Next-80B-A3B-Instruct", **point, options=options)
+
+
+@pytest.mark.parametrize("printed", ["-1.5 GiB", "Available KV cache memory: -0.2 GiB"])
+def test_a_log_that_has_nothing_left_is_told(printed):
+    """What vLLM prints is less than nothing where weights exceed its share."""
+    with pytest.raises(kvcalc.InputError, match="nothing left for its cache"):
+        kvcalc.fit(MODEL, kv_memory=printed, seq="8k")

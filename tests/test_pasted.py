@@ -77,7 +77,15 @@ COMMANDS = {
         [],
     ),
     "trtllm-serve org/name --tp_size 2 \\\n --max_seq_len 8192 --max_batch_size 64": Pasted(
-        "tensorrt-llm", "org/name", {"tp": "2", "seq": "8192"}, {}, {}, {}, [], {}, []
+        "tensorrt-llm",
+        "org/name",
+        {"tp": "2", "seq": "8192"},
+        {},
+        {"max_requests": "64"},
+        {},
+        [],
+        {},
+        [],
     ),
 }
 
@@ -406,3 +414,28 @@ def test_every_option_that_is_translated_exists():
         for doubt in dialect.doubtful.values():
             known = {"weights", "reserve", "kv_memory", "share", "seq", *options, "n_ctx"}
             assert set(doubt.settled) <= known
+
+
+@pytest.mark.parametrize(
+    ("command", "longest", "most"),
+    [
+        ("trtllm-serve Qwen/Qwen3-8B --max_seq_len 8192 --max_batch_size 16", 8192, 16),
+        ("sglang serve --model Qwen/Qwen3-8B --context-length 16384", 16384, None),
+        ("sglang serve --model Qwen/Qwen3-8B", 40960, None),
+    ],
+)
+def test_what_a_server_takes_bounds_what_fits(command, longest, most):
+    """Memory for more is of no use: the same command would refuse it."""
+    model, deployment, _ = pasted_deployment(command, seq="4k", kv_memory="70GiB")
+    report = kvcalc.fit(model, **deployment)
+    assert report.max_tokens == longest
+    if most:
+        assert report.max_concurrency == most
+        with pytest.raises(kvcalc.InputError, match="concurrency"):
+            kvcalc.fit(model, **deployment | {"concurrency": most + 1})
+
+
+def test_a_file_on_the_hub_by_its_type_is_not_looked_for():
+    """llama-server's `-hf org/name:QUANT` names a GGUF that is not here."""
+    with pytest.raises(kvcalc.InputError, match=r"download it, and give -m FILE\.gguf"):
+        read_command("llama-server -hf Qwen/Qwen3-8B-GGUF:Q4_K_M -c 32768")

@@ -421,7 +421,7 @@ def test_gpus_without_a_drivers_figure_are_counted(capsys):
     assert json.loads(capsys.readouterr().out)["without_known_memory"] == without
     assert cli.run(arguments) == 0
     shown = capsys.readouterr().out
-    told = f"\n{len(without)} GPUs left out: no driver's figure of their memory\n"
+    told = f"\nleft out: {len(without)} GPUs: no driver's figure of their memory\n"
     assert shown.endswith(told)
     assert "\nTP×PP: each layer is split over TP GPUs, " in shown
     assert cli.run([*arguments, "--gpu", "b200", "--kv-dtype", "auto"]) == 0
@@ -442,7 +442,7 @@ def test_a_gpu_goes_by_any_name_that_means_it_alone(capsys):
         ([MODEL, "--gpu", "t5"], 2, "unknown GPU"),
         ([MODEL, "--gpu", "none.yaml"], 2, "cannot read none.yaml"),
         (
-            [MODEL, "--gpu", "l4,apple-m1"],
+            [MODEL, "--gpu", "a40,apple-m1"],
             3,
             "is known; give fit --kv-memory, as the engine prints it, or a YAML with cuda_bytes: k",
         ),
@@ -476,3 +476,17 @@ def test_more_requests_than_a_server_runs_by_itself_are_asked_of_it(capsys):
     assert told == "l40s: with --max-num-seqs 500, for the server runs fewer at once by itself"
     with pytest.raises(InputError, match="runs 300 requests at once"):
         planning.plan(MODEL, options={"max_num_seqs": 300}, **point)
+
+
+def test_one_gpu_without_a_figure_leaves_the_others(capsys):
+    """It is left out by name, in words and as data."""
+    arguments = ["plan", MODEL, "--seq", "4k", "--gpu", "a40,h100-sxm-80gb"]
+    assert cli.run(arguments) == 0
+    shown = capsys.readouterr().out
+    assert "1 × h100-sxm-80gb" in shown
+    assert shown.endswith("left out: a40: no driver's figure of their memory\n")
+    many = ["--gpu", "t4", "--max-gpus", "8", "--concurrency", "300", "--json"]
+    assert cli.run(["plan", MODEL, "--seq", "256", "--gpu", "a40", *many]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["without_known_memory"] == ["a40"]
+    assert told["in_fp16"] == told["max_num_seqs"] == ["t4"]

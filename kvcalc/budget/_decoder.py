@@ -59,7 +59,8 @@ def read_decoder(config: Mapping[str, Any]) -> Decoder:
     expert_width = _largest(fields, "moe_intermediate_size", "expert_ffn_hidden_size")
     mlp = _largest(fields, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size")
     width = _needed(fields, "hidden_size")
-    layers = _needed(fields, "num_hidden_layers")
+    listed = fields.get("layers_block_type")
+    layers = len(listed) if isinstance(listed, list) else _needed(fields, "num_hidden_layers")
     num_experts = _largest(fields, "num_local_experts", "n_routed_experts", "num_experts")
     if experts and not expert_width:
         expert_width, mlp = mlp, 0

@@ -157,7 +157,8 @@ def _at(
             return requests * one - (requests - 1) * common
 
         needed = needs(report.concurrency)
-        most = min((available - common) // (one - common), MAX_BATCH) if available >= one else 0
+        most = report.plan.options["max_num_seqs"] or MAX_BATCH
+        most = min((available - common) // (one - common), most) if available >= one else 0
         if not report.fits_in(available, needs(1)):
             most = 0
         while most and not report.fits_in(available, needs(most)):  # beside a block never used
@@ -205,11 +206,17 @@ def _shared_bytes(deployment: Deployment, model: api.Model, report: FitReport) -
 
 
 def _outcome(requirement: Requirement, figures: _Figures, ends: Sequence[_Figures]) -> Outcome:
-    compare = _COMPARISONS[requirement.comparison]
     found, *outer = (_found(requirement, one) for one in (figures, *ends))
-    holds = compare(found, requirement.bound)
-    decided = all(compare(end, requirement.bound) == holds for end in outer)
+    holds, *others = (_holds(requirement, one) for one in (figures, *ends))
+    decided = all(other == holds for other in others)
     return Outcome(requirement, holds, found, None if decided else (outer[0], outer[1]))
+
+
+def _holds(requirement: Requirement, figures: _Figures) -> bool:
+    """Headroom that nothing fits into, since the engine's pools are smaller, is none."""
+    if requirement.figure == "headroom" and ">" in requirement.comparison and not figures["fits"]:
+        return False
+    return _COMPARISONS[requirement.comparison](_found(requirement, figures), requirement.bound)
 
 
 def _found(requirement: Requirement, figures: _Figures) -> int | Fraction:

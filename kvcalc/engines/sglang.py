@@ -345,10 +345,11 @@ def check_point(architecture: Architecture, plan: Plan) -> None:
 
 @lru_cache(maxsize=8)
 def _limits(architecture: Same[Architecture], options: Same[Options]) -> tuple[Pools, int]:
-    """The pools, and slots of states that a request may need; a search asks many times."""
+    """The pools, and slots that a request may need, 0 without states; a search asks many times."""
     parts = [part for layer in _filled(architecture.it) for part in layer.parts()]
     pools = _pools(architecture.it, parts, options.it)
-    return pools, _per_request(architecture.it, options.it)
+    states = any(isinstance(part, StateLayer) for part in parts)
+    return pools, _per_request(architecture.it, options.it) if states else 0
 
 
 def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer, ...]:
@@ -560,13 +561,15 @@ def _per_request(architecture: Architecture, options: Options) -> int:
 def _check_requests(options: Options, batch: int, *, per_request: int) -> None:
     """Raise InputError where fewer requests run at once than the batch has sequences."""
     running = options["max_running_requests"]
-    slots = options["max_mamba_cache_size"]
-    if slots is not None:
-        running = min(running or batch, slots // per_request)
     if running is not None and running < batch:
-        msg = f"SGLang: {running:,} requests at once are fewer than the batch of {batch:,}"
-        if slots is not None:
-            msg += f"; a request may need {per_request} of max_mamba_cache_size"
+        msg = f"SGLang runs {running:,} requests at once, not {batch:,} (max_running_requests)"
+        raise InputError(msg)
+    slots = options["max_mamba_cache_size"]
+    if per_request and slots is not None and slots // per_request < batch:
+        msg = (
+            f"SGLang runs {slots // per_request:,} requests at once, not {batch:,}; a request may "
+            f"need {per_request} of max_mamba_cache_size"
+        )
         raise InputError(msg)
 
 

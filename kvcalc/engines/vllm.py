@@ -489,7 +489,7 @@ def check_point(architecture: Architecture, plan: Plan) -> None:
     most = plan.options["max_num_seqs"]
     if most is not None and plan.batch > most:
         msg = (
-            f"vLLM runs {most:,} requests at once (max_num_seqs), not {plan.batch:,}; --option "
+            f"vLLM runs {most:,} requests at once, not {plan.batch:,}; its option "
             f"max_num_seqs={plan.batch} takes more"
         )
         raise InputError(msg)

@@ -6,7 +6,7 @@ may settle, or named in an error: none is guessed past. Nothing of a text is run
 words are read, and variables that it sets itself are filled in. What a shell would compute is not.
 
 How many requests an engine takes at once (`--max-num-seqs`, `--max_batch_size`) bounds the load
-and does not say it: no concurrency follows from it. TensorRT-LLM's blocks do not depend on it.
+and does not say it: no concurrency follows from it.
 """
 
 import re
@@ -29,7 +29,8 @@ LONGEST_NAME = 255
 
 class Pasted(NamedTuple):
     """What a command line says. `point` holds parameters of `kvcalc.size` by name, `options` those
-    of the engine, `budget` what decides how much memory its cache gets (`share`, `kv_memory`),
+    of the engine, `budget` what decides how much memory its cache gets (`share`, `kv_memory`) and
+    how many requests use it at once (`max_requests`),
     `loading` how the model is loaded (`dtype`, `quantization`, `n_gpu_layers`), `doubts` what else
     must be settled, `typed` the flags that said it, by the names of all these, and `notes` what is
     to be known beside it.
@@ -122,6 +123,10 @@ def read_command(text: str) -> Pasted:
             msg = f"--from: {shown(value)} is a variable that the text does not set; write it out"
             if _ELSEWHERE.search(value):
                 msg = f"--from: {f'{flag} {shown(value)}'.strip()}: {_COMPUTED_ARE_NOT_READ}"
+            raise InputError(msg)
+        if flag in ("-hf", "-hfr", "--hf-repo") and ":" in value:
+            msg = f"--from: {flag} {shown(value)} is a file on the Hub by its type; download it, "
+            msg += "and give -m FILE.gguf"
             raise InputError(msg)
         if target == "model":
             models.append(value)

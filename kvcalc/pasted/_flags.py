@@ -383,6 +383,7 @@ TENSORRT_LLM = Dialect(
         "--pp-size": "point.pp",
         "--pipeline-parallel-size": "point.pp",
         "--max-seq-len": "point.seq",
+        "--max-batch-size": "budget.max_requests",
         "--kv-cache-dtype": "point.kv_dtype",
         "--kv-cache-free-gpu-memory-fraction": "budget.share",
         "--free-gpu-memory-fraction": "budget.share",
@@ -408,7 +409,7 @@ TENSORRT_LLM = Dialect(
         "--trust-remote-code --enable-chunked-prefill --fail-fast-on-attention-window-too-large "
         "--no-telemetry",
         "--host --port --tokenizer --custom-tokenizer --custom-module-dirs --log-level "
-        "--max-batch-size --ep-size --moe-expert-parallel-size --gpus-per-node "
+        "--ep-size --moe-expert-parallel-size --gpus-per-node "
         "--reasoning-parser --tool-parser --served-model-name --num-postprocess-workers "
         "--chat-template --media-io-kwargs --otlp-traces-endpoint",
     ),

@@ -1,6 +1,6 @@
 """The deployment that a server's command line describes, as parameters of `kvcalc.fit`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvcalc.api import Model, read_model
@@ -11,8 +11,10 @@ from kvcalc.engines import load_engine, read_options
 from kvcalc.errors import InputError
 from kvcalc.families import decoder_level
 from kvcalc.pasted import Pasted, read_command
-from kvcalc.sizing import MAX_RANKS
+from kvcalc.sizing import MAX_BATCH, MAX_RANKS
 from kvcalc.units import check_count, parse_bytes, parse_tokens, shown
+
+_COUNTS = {"tp": MAX_RANKS, "pp": MAX_RANKS, "max_requests": MAX_BATCH}
 
 
 def pasted_deployment(
@@ -27,7 +29,7 @@ def pasted_deployment(
     pasted = read_command(command)
     _check_typed(pasted)
     said: dict[str, Any] = {"engine": pasted.engine, **pasted.point, **pasted.budget}
-    said |= {name: int(said[name]) for name in ("tp", "pp") if name in said}
+    said |= {name: int(said[name]) for name in _COUNTS if name in said}
     told = {name: value for name, value in pasted.options.items() if value != "auto"}
     options = {**told, **(given.pop("options", None) or {})}
     given = {name: value for name, value in given.items() if value is not None}
@@ -44,18 +46,24 @@ def pasted_deployment(
     for doubt in pasted.doubts:
         if not set(doubt.settled) & (deployment.keys() | options.keys()):
             raise InputError(doubt.about)
-    longest = _longest(pasted, deployment)
-    notes = list(pasted.notes)
-    if pasted.options.get("max_model_len") == "auto":
-        notes.append("--from: vLLM fits --max-model-len to the memory; what it says is for --seq")
-    elif longest and pasted.engine == "vllm" and "max_model_len" not in options:
-        options["max_model_len"] = longest
-        if "seq" in deployment:
-            note = f"without --max-model-len vLLM starts if one request of {longest:,} tokens fits"
-            notes.append(f"--from: {note}")
+    notes = [*pasted.notes, *_bound(pasted, deployment, _longest(pasted, deployment))]
     if pasted.loading:
         deployment |= _loaded(pasted, deployment)
     return pasted.model, deployment, notes
+
+
+def _bound(pasted: Pasted, deployment: dict[str, Any], longest: int) -> Iterator[str]:
+    """Give a deployment the longest request that its server takes, with notes on it."""
+    options = deployment["options"]
+    if pasted.options.get("max_model_len") == "auto":
+        yield "--from: vLLM fits --max-model-len to the memory; what it says is for --seq"
+    elif longest and pasted.engine != "vllm":
+        deployment["max_seq"] = longest
+    elif longest and "max_model_len" not in options:
+        options["max_model_len"] = longest
+        if "seq" in deployment:
+            about = f"vLLM starts if one request of {longest:,} tokens fits"
+            yield f"--from: without --max-model-len {about}"
 
 
 def _check_typed(pasted: Pasted) -> None:
@@ -65,8 +73,8 @@ def _check_typed(pasted: Pasted) -> None:
     for name, value in [item for part in parts for item in part.items()]:
         flag = pasted.typed[name]
         try:
-            if name in ("tp", "pp"):
-                _ranks(value, name=flag)
+            if name in _COUNTS:
+                _count(value, name=flag, most=_COUNTS[name])
             elif name == "seq":
                 parse_tokens(value, name=flag)
             elif name == "share":
@@ -118,12 +126,13 @@ def _slot_tokens(options: Mapping[str, Any], concurrency: int) -> int:
     return cells // parse_tokens(slots, name="n_seq_max")
 
 
-def _ranks(value: str, *, name: str) -> int:
-    """A number of ranks as a command line has it."""
-    if not value.isdecimal() or len(value) > len(str(MAX_RANKS)):
-        msg = f"{name} {shown(value)} is not a number of ranks"
+def _count(value: str, *, name: str, most: int) -> int:
+    """A number of ranks or requests as a command line has it."""
+    if not value.isdecimal() or len(value) > len(str(most)):
+        what = "ranks" if most == MAX_RANKS else "requests"
+        msg = f"{name} {shown(value)} is not a number of {what}"
         raise InputError(msg)
-    return check_count(int(value), name=name, most=MAX_RANKS)
+    return check_count(int(value), name=name, most=most)
 
 
 def _loaded(pasted: Pasted, deployment: Mapping[str, Any]) -> dict[str, Any]:

@@ -122,10 +122,12 @@ def found(result: Result, outcome: Outcome) -> str:
         more = [key for key in ("reserve", "weights") if key not in given]
         hint = f"; give {' or '.join(more)} to decide" if more else ""
         return f"is open: {worst} to {best} as estimates range{hint}"
+    headroom = _whole(result.figures["headroom"])
+    if figure in ("fits", "headroom") and headroom >= 0 and not result.figures["fits"]:
+        if result.facts["engine"] == "vllm":
+            return "does not hold: vLLM does not start for max_model_len, or needs a block more"
+        return "does not hold: the engine's pools hold less than the memory (kvcalc fit)"
     if figure == "fits":
-        headroom = _whole(result.figures["headroom"])
-        if headroom >= 0:
-            return "does not hold: the engine's pools hold less than the memory (kvcalc fit)"
         return f"does not hold: {format_bytes(-headroom)} missing on each rank"
     return f"does not hold: {_value(figure, outcome.found)}"
 
@@ -144,8 +146,10 @@ def verdict(report: CheckReport) -> str:
     statuses = [result.status for result in report.results]
     counted = {name: statuses.count(name) for name in ("holds", "fails", "open", "refused", "bad")}
     counted["bad file"] = len(report.errors)
-    words = {"holds": ("holds", "hold"), "fails": ("fails", "fail"), "refused": ("is refused",) * 2}
-    words |= {
+    words = {
+        "holds": ("holds", "hold"),
+        "fails": ("fails", "fail"),
+        "refused": ("is refused", "are refused"),
         "open": ("is open", "are open"),
         "bad": ("is bad", "are bad"),
         "bad file": ("bad file", "bad files"),

@@ -208,7 +208,7 @@ def print_fit(report: FitReport, changes: Sequence[str]) -> None:
         f"needed{rank}": _both(report.needed_bytes),
         "": "",
         "most requests": f"{report.max_concurrency:,}{_between(report.max_concurrency_range)} of "
-        f"{size.seq_tokens:,} tokens at once",
+        f"{size.seq_tokens:,} tokens at once{_bounded(report)}",
         "longest sequence": f"{_tokens(report)} tokens for "
         f"{report.concurrency:,} at once{_own_maximum(report)}",
     }
@@ -237,7 +237,8 @@ def _print_sources(out: Console, report: FitReport) -> None:
     for line in provenance(size):
         label, _, told = line.partition(":")
         print_folded(out, f"{label}: ", told.strip(), "dim")
-    for note in dict.fromkeys((*size.notes, *(f"weights: {one}" for one in report.weights_notes))):
+    weights = (f"weights: {one}" for one in report.weights_notes)
+    for note in dict.fromkeys((*size.notes, *report.notes, *weights)):
         print_folded(out, "note: ", note, "yellow")
 
 
@@ -247,6 +248,13 @@ def _own_maximum(report: FitReport) -> str:
     if report.max_tokens == MAX_TOKENS:
         return ""
     return f"; the model's own maximum is {own:,}" if 0 < own < report.max_tokens else ""
+
+
+def _bounded(report: FitReport) -> str:
+    """A word where the server takes no more requests, whatever memory there is."""
+    if report.max_concurrency == report.plan.options.get("max_num_seqs"):
+        return ", which is max_num_seqs"
+    return ", the server's most" if report.max_concurrency == report.limits[1] else ""
 
 
 def _tokens(report: FitReport) -> str:

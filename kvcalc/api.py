@@ -155,8 +155,8 @@ def fit(
         if str(kv_memory).rpartition(":")[2].strip().startswith(("-", "0 ", "0.0 ", "0.00 ")):
             msg = (
                 "--kv-memory: the engine had nothing left for its cache; it needs a larger share, "
+                "more ranks or another GPU"
             )
-            msg += "more ranks or another GPU"
             raise InputError(msg)
         given = parse_bytes(kv_memory, name="--kv-memory")
         lines: tuple[BudgetLine, ...] = (BudgetLine("KV cache", given, "asked for", ""),)

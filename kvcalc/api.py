@@ -213,7 +213,7 @@ def _weights(model: Model, given: int | str | None) -> "Weights":
     try:
         return weights_of_model(model.config, model.origin)
     except UnsupportedError as error:
-        msg = f"{error}; or give the weights: 140GB"
+        msg = f"{error}; or give the weights, --weights 140GB"
         raise UnsupportedError(msg) from None
 
 

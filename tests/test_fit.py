@@ -164,7 +164,7 @@ def test_weights_may_be_given():
     counted = kvcalc.fit(MODEL, gpu="h100-sxm-80gb", reserve="3GiB")
     assert given.available_bytes == counted.available_bytes
     assert given.weights_bytes == WEIGHTS
-    with pytest.raises(kvcalc.UnsupportedError, match="or give the weights: 140GB"):
+    with pytest.raises(kvcalc.UnsupportedError, match="or give the weights, --weights 140GB"):
         kvcalc.fit("internlm/internlm2_5-7b-chat", gpu="h100-sxm-80gb", seq=4096)
     told = kvcalc.fit(
         "internlm/internlm2_5-7b-chat", gpu="h100-sxm-80gb", seq=4096, weights="15.5 GB"

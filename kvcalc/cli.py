@@ -6,6 +6,7 @@ status (0 done, 1 a check or prediction failed, 2 bad input, 3 refused, 70 a bug
 
 import codecs
 import errno
+import gc
 import io
 import os
 import re
@@ -281,6 +282,7 @@ def check(
             msg = "--junit and --out must name files of their own, which are written over"
             raise InputError(msg)
         told = json or out is not None or baseline is not None
+        gc.freeze()  # what is loaded stays: it need not be looked through again and again
         report = checking.check(files, baseline=baseline, every_figure=told)
         checked.publish(report, json=json, junit=junit, out=out)
         raise typer.Exit(report.exit_code)

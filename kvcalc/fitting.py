@@ -6,12 +6,12 @@ or requests never take less. How much memory there is, is worked out in `kvcalc.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, lru_cache
 from math import inf
 from typing import TYPE_CHECKING, Any
 
 from kvcalc.budget import BudgetLine, available, available_range
-from kvcalc.engines import Plan, load_engine
+from kvcalc.engines import Plan, Same, load_engine
 from kvcalc.errors import InputError
 from kvcalc.families import Architecture
 from kvcalc.origin import Origin
@@ -248,7 +248,7 @@ def fit_architecture(
         "pp": pp,
         "options": options or {},
     }
-    needed_by, plan = rank_bytes(architecture, **point)
+    needed_by, plan = _rank_bytes(architecture, point)
     return FitReport(
         origin=origin,
         engine=engine,
@@ -264,6 +264,28 @@ def fit_architecture(
         _point=point,
         _holds=getattr(load_engine(engine), "holds", None),
     )
+
+
+def _rank_bytes(
+    architecture: Architecture, point: Mapping[str, Any]
+) -> tuple[Callable[[int, int], int], Plan]:
+    """Prepared once for deployments that differ in length, requests or memory alone."""
+    options = tuple(point["options"].items())
+    rest = tuple((name, value) for name, value in point.items() if name != "options")
+    try:
+        hash((rest, options))
+    except TypeError:  # what is refused below, by name
+        return rank_bytes(architecture, **point)
+    return _prepared(Same(architecture), rest, options)
+
+
+@lru_cache(maxsize=64)
+def _prepared(
+    architecture: Same[Architecture],
+    rest: tuple[tuple[str, Any], ...],
+    options: tuple[tuple[str, Any], ...],
+) -> tuple[Callable[[int, int], int], Plan]:
+    return rank_bytes(architecture.it, **dict(rest), options=dict(options))
 
 
 def _largest(

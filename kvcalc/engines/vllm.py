@@ -790,9 +790,25 @@ def holds(architecture: Architecture, plan: Plan, needed_bytes: int, available_b
     """Whether the engine starts, and the requests' blocks are there beside the one that is never
     used.
     """
-    blocks = pool(architecture, plan)
-    usable = (available_bytes // blocks.bytes_per_block - 1) * blocks.bytes_per_block
-    return max(needed_bytes, blocks.needed_bytes) <= usable
+    here = (plan.tokens, plan.dtype, plan.tp, plan.pp)
+    block, least = _start(Same(architecture), Same(plan.options), *here)
+    return max(needed_bytes, least) <= (available_bytes // block - 1) * block
+
+
+@lru_cache(maxsize=8)
+def _start(
+    architecture: Same[Architecture],
+    options: Same[Mapping[str, Any]],
+    tokens: int,
+    dtype: StorageFormat,
+    tp: int,
+    pp: int,
+) -> tuple[int, int]:
+    """Bytes of a block, and of the blocks without which the engine does not start; a search asks
+    for one length many times.
+    """
+    blocks = pool(architecture.it, Plan(tokens, 1, dtype, tp, pp, options.it))
+    return blocks.bytes_per_block, blocks.needed_bytes
 
 
 def transients(

@@ -226,7 +226,7 @@ def attention_heads(model: Model) -> int:
 
 
 def changes_that_fit(
-    model: str,
+    model: Model,
     report: "FitReport",
     **deployment: Any,  # noqa: ANN401 - parameters of `fit`
 ) -> list[str]:
@@ -263,7 +263,7 @@ def changes_that_fit(
     return found
 
 
-def _shorter_maximum(model: str, report: "FitReport", deployment: Mapping[str, Any]) -> list[str]:
+def _shorter_maximum(model: Model, report: "FitReport", deployment: Mapping[str, Any]) -> list[str]:
     """A maximum that vLLM would start for, where it does not for its own, and hold the requests."""
     shorter = report.seq_tokens
     if (report.plan.options.get("max_model_len") or 0) <= shorter:

@@ -221,8 +221,9 @@ def fit(
     else:
         given = {name: value for name, value in given.items() if value is not None}
         given["engine"] = engine or ("llama.cpp" if model.endswith(".gguf") else "vllm")
-    report = api.fit(model, **given)
-    changes = [] if report.fits else api.changes_that_fit(model, report, **given)
+    read = api.read_model(model, revision=given.pop("revision", None))
+    report = api.fit(read, **given)
+    changes = [] if report.fits else api.changes_that_fit(read, report, **given)
     if json:
         from kvcalc.render import data
 

@@ -10,7 +10,7 @@ from functools import cache, cached_property, lru_cache
 from math import inf
 from typing import TYPE_CHECKING, Any
 
-from kvcalc.budget import BudgetLine, available, available_range
+from kvcalc.budget import BudgetLine
 from kvcalc.engines import Plan, Same, load_engine
 from kvcalc.errors import InputError
 from kvcalc.families import Architecture
@@ -75,13 +75,14 @@ class FitReport:
 
     @property
     def available_bytes(self) -> int:
-        """What the budget leaves for the cache."""
-        return available(self.budget)
+        """What the budget leaves for the cache; nothing, where it comes to less."""
+        return max(self.balance_bytes, 0)
 
     @cached_property
     def available_range(self) -> tuple[int, int]:
-        """What it leaves at least and at most."""
-        return available_range(self.budget)
+        """What it leaves at least and at most, all estimates being as bad, or as good."""
+        least, most = self.balance_range
+        return max(least, 0), max(most, 0)
 
     @cached_property
     def size(self) -> SizeReport:

@@ -6,17 +6,17 @@ engine's log has it. Each module here is one engine's rules, with the upstream f
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from kvcalc.budget._terms import ASKED, BudgetLine, Question
+from kvcalc.budget._terms import ASKED, BudgetLine, Question, read_share
 from kvcalc.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from kvcalc.hardware import Gpu
     from kvcalc.weights import Weights
 
-__all__ = ["ASKED", "BudgetLine", "available", "available_range", "engine_defaults", "gpu_budget"]
+__all__ = ["ASKED", "BudgetLine", "engine_defaults", "gpu_budget", "read_share"]
 
 MODULES: Mapping[str, str] = {
     "vllm": "vllm",
@@ -84,17 +84,6 @@ def total_bytes(gpu: "Gpu") -> int:
 
         raise no_figure(gpu.id)
     return figure.value
-
-
-def available(lines: Sequence[BudgetLine]) -> int:
-    """What the lines leave; nothing, where they leave less."""
-    return max(sum(line.num_bytes for line in lines), 0)
-
-
-def available_range(lines: Sequence[BudgetLine]) -> tuple[int, int]:
-    """What the lines leave at least and at most, all estimates being as bad, or as good."""
-    least, most = (sum(line.bounds[end] for line in lines) for end in (0, 1))
-    return max(least, 0), max(most, 0)
 
 
 def _rules(engine: str) -> Rules:

@@ -6,15 +6,12 @@ from math import ceil, floor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvcalc.errors import InputError
-from kvcalc.units import ceil_div, shown
+from kvcalc.units import MIB, ceil_div, shown
 
 if TYPE_CHECKING:
     from kvcalc.budget._decoder import Decoder
     from kvcalc.hardware import Gpu
     from kvcalc.weights import Weights
-
-MIB = 2**20
-GIB = 2**30
 
 ESTIMATE = "estimate"
 ASKED = "asked for"

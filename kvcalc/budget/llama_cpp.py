@@ -5,7 +5,6 @@ Its compute buffer holds, for a micro-batch, the logits of every token and the w
 """
 
 from kvcalc.budget._terms import (
-    GIB,
     BudgetLine,
     Question,
     device_lines,
@@ -16,6 +15,7 @@ from kvcalc.budget._terms import (
     taken,
     weights_line,
 )
+from kvcalc.units import GIB
 
 VALUE_BYTES = 4
 """Activations are float32."""

@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from kvcalc.budget._terms import (
     ESTIMATE,
-    GIB,
-    MIB,
     BudgetLine,
     Question,
     device_lines,
@@ -24,6 +22,7 @@ from kvcalc.budget._terms import (
     weights_line,
 )
 from kvcalc.errors import InputError
+from kvcalc.units import GIB, MIB
 
 if TYPE_CHECKING:
     from kvcalc.hardware import Gpu

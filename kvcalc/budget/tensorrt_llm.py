@@ -6,7 +6,6 @@ wide.
 """
 
 from kvcalc.budget._terms import (
-    GIB,
     BudgetLine,
     Question,
     device_lines,
@@ -19,6 +18,7 @@ from kvcalc.budget._terms import (
     taken,
     weights_line,
 )
+from kvcalc.units import GIB
 
 OPTION = "free_gpu_memory_fraction"
 DEFAULT = "0.9"

@@ -15,8 +15,6 @@ others have encoders (up to 11 % more), compute in float32 or are stages that do
 from typing import TYPE_CHECKING, Any
 
 from kvcalc.budget._terms import (
-    GIB,
-    MIB,
     BudgetLine,
     Question,
     device_lines,
@@ -29,7 +27,7 @@ from kvcalc.budget._terms import (
     taken,
     weights_line,
 )
-from kvcalc.units import ceil_div
+from kvcalc.units import GIB, MIB, ceil_div
 
 if TYPE_CHECKING:
     from kvcalc.budget._decoder import Decoder

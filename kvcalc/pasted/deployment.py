@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kvcalc.api import Model, read_model
-from kvcalc.budget._terms import read_share
+from kvcalc.budget import read_share
 from kvcalc.config import FieldUse
 from kvcalc.dtypes import storage_format
 from kvcalc.engines import load_engine, read_options
@@ -47,6 +47,11 @@ def pasted_deployment(
         if not set(doubt.settled) & (deployment.keys() | options.keys()):
             raise InputError(doubt.about)
     notes = [*pasted.notes, *_bound(pasted, deployment, _longest(pasted, deployment))]
+    asked, most = deployment.get("concurrency", 1), deployment.get("max_requests", MAX_BATCH)
+    if asked > most:
+        flag = pasted.typed["max_requests"]
+        msg = f"--concurrency {asked:,}: the pasted server runs {most:,} at once, its {flag}"
+        raise InputError(msg)
     if pasted.loading:
         deployment |= _loaded(pasted, deployment)
     return pasted.model, deployment, notes

@@ -11,7 +11,7 @@ from transformers import AutoConfig, DynamicCache
 from transformers.models.auto import modeling_auto
 
 import kvcalc
-from kvcalc.engines import transformers as engine
+from kvcalc import releases
 from kvcalc.families import mha
 from kvcalc.measure.held import held_by_layer
 
@@ -208,9 +208,22 @@ def test_a_wrapped_decoder_is_the_decoder():
 def test_versions_before_the_latent_cache_store_every_head(monkeypatch):
     """Before 5.15 transformers stored expanded keys and values: 4 heads × (12 K + 12 V) here."""
     config = tiny_config("deepseek_v3")
-    monkeypatch.setattr(engine, "version", lambda: "5.14.1")
+    monkeypatch.setattr(releases, "transformers_version", lambda: "5.14.1")
     report = kvcalc.size(config, seq=10, kv_dtype="fp32", engine="transformers")
     assert report.total_bytes == 4 * 10 * 4 * (12 + 12) * 4
+
+
+def test_what_an_older_release_keeps_otherwise_is_told(monkeypatch):
+    """Latents beside an indexer are expanded before 5.18, other states of Qwen4 are refused before
+    5.21, with what to install.
+    """
+    config = tiny_config("deepseek_v32")
+    kept = kvcalc.size(config, seq=10, kv_dtype="fp32", engine="transformers").total_bytes
+    monkeypatch.setattr(releases, "transformers_version", lambda: "5.17.0")
+    expanded = kvcalc.size(config, seq=10, kv_dtype="fp32", engine="transformers").total_bytes
+    assert expanded - kept == 4 * 10 * (4 * (12 + 12) - (16 + 8)) * 4
+    with pytest.raises(kvcalc.UnsupportedError, match=r"pip install 'transformers>=5\.21'"):
+        sized(zoo.cases("causal", "qwen4_exp")[0], seq=10, batch=1, kv_dtype="fp32")
 
 
 def test_a_type_that_transformers_lacks_is_refused():

@@ -53,7 +53,7 @@ def test_sizing_loads_nothing_heavy(model, tmp_path):
 RANKS = (
     ("errors",),
     ("units", "data"),
-    ("dtypes", "origin", "strict_yaml"),
+    ("dtypes", "origin", "releases", "strict_yaml"),
     ("layers", "config"),
     ("families", "strategies"),
     ("engines", "hardware"),

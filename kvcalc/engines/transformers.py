@@ -7,16 +7,14 @@ unique storages of a cache's tensors after at least one decode step:
 - a window layer shows window - 1 tokens, but they are a view of the window-long tensor of the last
   step, so min(tokens, window) tokens stay alive. Right after a prefill longer than the window the
   view is one of the whole prompt, which stays alive until the first decode step: `after_prefill`;
-- MLA is stored as latent and rotary key since 5.15.0; older versions (5.9.0 was run) store K and V
-  of every head.
+- MLA is stored as latent and rotary key since 5.15.0, with an indexer since 5.18.0; older versions
+  store K and V of every head (`kvcalc.releases`).
 
 Zero-dimensional constants (the window length that `DynamicSlidingWindowLayer` keeps as an 8-byte
 tensor) are settings, not cache, and are not counted.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import cache
-from importlib import metadata
 
 from kvcalc.config import FieldUse, class_defaults
 from kvcalc.dtypes import COMPUTE_DTYPES, StorageFormat
@@ -24,28 +22,16 @@ from kvcalc.engines import Option, Plan
 from kvcalc.errors import ConfigError, UnsupportedError
 from kvcalc.families import Architecture
 from kvcalc.layers import FullAttention, LatentAttention, Layer, SlidingAttention
-
-CHECKED_VERSION = "5.23.0"
-LATENT_SINCE = (5, 15)
+from kvcalc.releases import CHECKED, keeps_otherwise, latents_are_kept, transformers_version
 
 OPTIONS: Mapping[str, Option] = {}
 
 
-@cache
-def version() -> str:
-    """The installed transformers, else the one these rules were checked against."""
-    try:
-        return metadata.version("transformers")
-    except metadata.PackageNotFoundError:
-        return CHECKED_VERSION
-
-
 def source() -> str:
     """The file and version the rules were checked against, and the installed one if it differs."""
-    checked = (
-        f"transformers cache_utils.py {CHECKED_VERSION}: unique storages alive after a decode step"
-    )
-    return checked if version() == CHECKED_VERSION else f"{checked} (installed: {version()})"
+    checked = f"transformers cache_utils.py {CHECKED}: unique storages alive after a decode step"
+    installed = transformers_version()
+    return checked if installed == CHECKED else f"{checked} (installed: {installed})"
 
 
 def refuse(architecture: Architecture, *, tp: int, pp: int) -> None:
@@ -56,8 +42,15 @@ def refuse(architecture: Architecture, *, tp: int, pp: int) -> None:
     known = class_defaults(architecture.model_type)
     if known is None or not known.in_transformers:
         msg = (
-            f"transformers {CHECKED_VERSION} has no model_type {architecture.model_type!r}, and "
+            f"transformers {CHECKED} has no model_type {architecture.model_type!r}, and "
             "kvcalc never runs a repository's own code; use --engine model"
+        )
+        raise UnsupportedError(msg)
+    since = keeps_otherwise(architecture.model_type)
+    if since is not None:
+        msg = (
+            f"model_type {architecture.model_type!r} keeps other states in transformers "
+            f"{transformers_version()}; run: pip install 'transformers>={since}'"
         )
         raise UnsupportedError(msg)
     parts = [part for layer in _layers(architecture) for part in layer.parts()]
@@ -85,10 +78,10 @@ def check_dtype(dtype: StorageFormat) -> None:
 
 
 def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer, ...]:
-    """What transformers' models keep; versions before 5.15.0 expand latents."""
+    """What transformers' models keep; older versions expand latents."""
     del plan
     layers = _layers(architecture)
-    if _release(version()) >= LATENT_SINCE:
+    if latents_are_kept(architecture.model_type):
         return layers
     return tuple(layer.each(_expanded) for layer in layers)
 
@@ -122,8 +115,3 @@ def _pinned(layer: Layer) -> Layer:
     if not isinstance(layer, SlidingAttention):
         return layer
     return FullAttention(kv_heads=layer.kv_heads, key_dim=layer.key_dim, value_dim=layer.value_dim)
-
-
-def _release(text: str) -> tuple[int, int]:
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)

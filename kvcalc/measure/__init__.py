@@ -3,6 +3,7 @@
 import os
 
 from kvcalc.errors import MissingDependencyError
+from kvcalc.releases import check_promised
 
 # torch's profiler announces each start and stop on standard error unless this is set before the
 # first import of torch.
@@ -11,7 +12,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 def require_torch() -> None:
     """Raise MissingDependencyError, with the command that installs them, unless torch and
-    transformers can be imported.
+    transformers can be imported, in releases that kvcalc runs on.
     """
     from importlib.util import find_spec
 
@@ -22,7 +23,15 @@ def require_torch() -> None:
             "(in a checkout: pip install '.[profile]')"
         )
         raise MissingDependencyError(msg)
-    from transformers.utils import logging
-
+    check_promised()
+    try:
+        from transformers.utils import logging
+    except Exception as error:  # noqa: BLE001 - versions that do not go together fail in any way
+        reason = " ".join(str(error).split())
+        msg = (
+            f"torch and transformers cannot be imported here ({reason:.160}); run: "
+            "pip install --upgrade 'kvcalc[profile]'"
+        )
+        raise MissingDependencyError(msg) from None
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -41,7 +41,7 @@ def count(
 
     def keep(after: Tensor) -> None:
         # In numpy's memory, which the peak does not count: it is ours, not the strategy's.
-        logits.append(np.array(after.float().cpu()))
+        logits.append(after.float().cpu().numpy().copy())
 
     with undisturbed(loaded, chosen):
         with peak_memory(loaded.device) as prefill:

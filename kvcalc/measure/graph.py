@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DummyLayer, StaticLayer
+from transformers import cache_utils
+from transformers.cache_utils import StaticLayer
 
 from kvcalc.measure.models import LoadedModel
 from kvcalc.strategies import ChosenStrategy
+from kvcalc.strategies._running import feed
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
 GRAPH = "CUDA graph"
 IN_PLACE = "static"
 """The strategy whose cache is written in place."""
+
+KEEPS_NOTHING = getattr(cache_utils, "DummyLayer", StaticLayer)
+"""What stands for a layer without a cache, in the releases that have one for it (5.23.0 on)."""
 
 WARM_UPS = 3
 """Steps before capture, as torch's recipe has it: libraries load and choose kernels in them."""
@@ -49,7 +54,7 @@ def why_eager(model: "PreTrainedModel", cache: "Cache") -> str | None:
         return f"{type(model).__name__} decides on values in Python"
     for layer in cache.layers:
         # Not isinstance: every kind of layer that counts otherwise is derived from StaticLayer.
-        if type(layer) not in (StaticLayer, DummyLayer):
+        if type(layer) not in (StaticLayer, KEEPS_NOTHING):
             return f"{type(layer).__name__} keeps its position in Python"
     return None
 
@@ -108,10 +113,7 @@ class GraphedDecode:
 
     def _step(self) -> None:
         """What is captured: token buffer to logits buffer."""
-        output = self._model(
-            input_ids=self._token, past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        )
-        self._logits.copy_(output.logits[:, -1])
+        self._logits.copy_(feed(self._model, self._cache, self._token))
 
 
 def cuda_capture(step: Callable[[], None], rewind: Callable[[], None]) -> Callable[[], None]:

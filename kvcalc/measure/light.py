@@ -14,7 +14,7 @@ import torch
 from transformers.modeling_utils import PreTrainedModel
 
 from kvcalc.hardware import find_gpu
-from kvcalc.measure.models import TORCH_DTYPES, LoadedModel
+from kvcalc.measure.models import TORCH_DTYPES, LoadedModel, widest
 from kvcalc.measure.workload import Workload
 
 _PROBE_BYTES = 2**27
@@ -132,8 +132,7 @@ def _attention_flops(loaded: LoadedModel, layer: Any, tokens: int) -> int:  # no
     """Scores and weighted sums of one sequence: each query sees the tokens before it that are
     kept, so about half of them where none is dropped.
     """
-    text: Any = loaded.model.config.get_text_config(decoder=True)
-    heads = getattr(text, "num_attention_heads", None) or 0
+    heads = widest(loaded.model, "num_attention_heads") or 0
     flops = 0
     for part in layer.parts():
         if not hasattr(part, "rows"):

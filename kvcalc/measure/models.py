@@ -6,20 +6,25 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 from transformers.initialization import no_init_weights
 from transformers.modeling_utils import PreTrainedModel
 
 from kvcalc import sources
 from kvcalc.config import class_defaults
+from kvcalc.dtypes import FORMATS
 from kvcalc.engines import load_engine
-from kvcalc.errors import ConfigError, InputError, ModelNotFoundError
+from kvcalc.errors import ConfigError, InputError, ModelNotFoundError, UnsupportedError
 from kvcalc.families import Architecture, decoder_level, describe
+from kvcalc.layers.mixed import CrossAttention
 from kvcalc.measure import retrieval
+from kvcalc.measure.held import LayerBytes, held_by_layer
 from kvcalc.measure.record import free_memory
 from kvcalc.origin import Origin
+from kvcalc.releases import transformers_version
 from kvcalc.sources.hub import check_reachable
 from kvcalc.sources.local import find_in_hf_cache
+from kvcalc.strategies._running import feed
 from kvcalc.units import format_bytes, shown
 
 BUILT_IN = "built-in"
@@ -133,6 +138,7 @@ def load_model(
         msg = f"--dtype {shown(dtype)} is no dtype to compute in; choose {', '.join(TORCH_DTYPES)}"
         raise InputError(msg)
     load_engine("transformers").refuse(architecture, tp=1, pp=1)
+    _check_decodes_alone(architecture)
     torch.manual_seed(seed)
     place = None
     if weights == WIRED:
@@ -146,9 +152,55 @@ def load_model(
         place = _weights_place(origin, revision)
         loaded = _checkpoint(place, TORCH_DTYPES[dtype_name], device, revision)
     loaded.eval()
+    _check_keeps(loaded, architecture)
     return LoadedModel(
         origin.resolved, loaded, architecture, origin, weights, dtype_name, device, place
     )
+
+
+def widest(model: PreTrainedModel, name: str) -> int | None:
+    """A number of the decoder's configuration, of its layers the largest where they differ; None
+    where it has none.
+    """
+    text: Any = model.config.get_text_config(decoder=True)
+    differ = getattr(text, "is_heterogeneous", False)
+    values: list[Any] = []
+    for config in text.per_layer_config if differ else [text]:
+        value = getattr(config, name, None)
+        values += value if isinstance(value, list | tuple) else [value]
+    return max((value for value in values if value), default=None)
+
+
+def _check_keeps(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Run two tokens: raise UnsupportedError for a model that does not run on tokens alone, or that
+    keeps something elsewhere than in the cache it is given.
+
+    It is a GPU's first work, too, whose libraries keep memory for themselves from then on: no
+    strategy's peak has that in it.
+    """
+    cache = DynamicCache(config=model.config)
+    tokens = torch.zeros((1, 2), dtype=torch.long, device=model.device)
+    try:
+        with torch.inference_mode():
+            feed(model, cache, tokens)
+            feed(model, cache, tokens[:, :1])
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # noqa: BLE001 - whatever a model's class raises
+        msg = (
+            f"{type(model).__name__} does not decode from tokens and a cache alone "
+            f"({type(error).__name__}: {_first_line(error)}); kvcalc size counts its cache"
+        )
+        raise UnsupportedError(msg) from None
+    promised = load_engine("transformers").lay_out(architecture)
+    held = held_by_layer(cache) + [LayerBytes(0, 0)] * len(promised)
+    for index, (layer, found) in enumerate(zip(promised, held, strict=False)):
+        if layer.num_bytes(tokens=3, batch=1, dtype=FORMATS["fp32"]) and not found.held_bytes:
+            msg = (
+                f"{type(model).__name__} keeps what layer {index} remembers elsewhere than in the "
+                "cache it is given, so no strategy can be run; kvcalc size counts it"
+            )
+            raise UnsupportedError(msg)
 
 
 _KNOBS = ("num_layers", "num_heads", "num_kv_heads", "head_dim", "diffuse")
@@ -212,8 +264,22 @@ def _random(
         )
         raise InputError(msg)
     hf_config = _hf_config(config)
-    with torch.device("meta"):
-        shapes = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    if type(hf_config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 - no other list
+        msg = (
+            f"profile runs what AutoModelForCausalLM builds, and transformers "
+            f"{transformers_version()} has no such class for model_type {config['model_type']!r}; "
+            f"kvcalc size and kvcalc fit take it"
+        )
+        raise UnsupportedError(msg)
+    try:
+        with torch.device("meta"):
+            shapes = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
+    except Exception as error:  # noqa: BLE001 - whatever a model's class raises of a config
+        msg = (
+            f"transformers {transformers_version()} cannot build model_type "
+            f"{config['model_type']!r} from this config: {_first_line(error)}"
+        )
+        raise InputError(msg) from None
     need_bytes = sum(tensor.numel() for tensor in shapes.parameters()) * dtype.itemsize
     _check_room(need_bytes, cache_bytes, device)
     with no_init_weights(), torch.device(device):
@@ -240,17 +306,33 @@ def _fill(model: PreTrainedModel) -> None:
             part.copy_(tile[: part.numel()])
 
 
+def _check_decodes_alone(architecture: Architecture) -> None:
+    """Raise UnsupportedError for a decoder that attends to an encoder, whose output it has not."""
+    parts = (part for layer in architecture.layers for part in layer.parts())
+    if any(isinstance(part, CrossAttention) for part in parts):
+        msg = (
+            f"profile runs decoders alone, and model_type {architecture.model_type!r} attends to "
+            "an encoder's output; kvcalc size --encoder-seq N counts both"
+        )
+        raise UnsupportedError(msg)
+
+
 def _hf_config(config: Mapping[str, Any]) -> PreTrainedConfig:
-    fields = {key: value for key, value in config.items() if key != "model_type"}
-    # Token ids of a published vocabulary mean nothing here and may lie outside a reduced one.
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"):
-        fields.pop(key, None)
-    fields["pad_token_id"] = None
+    fields = {
+        key: value
+        for key, value in config.items()
+        if key not in ("model_type", "dtype", "torch_dtype")
+    }
     try:
-        return AutoConfig.for_model(config["model_type"], **fields)
-    except (TypeError, ValueError, KeyError) as error:
+        made = AutoConfig.for_model(config["model_type"], **fields)
+    except Exception as error:  # noqa: BLE001 - whatever a configuration class raises
         msg = f"transformers does not take this config: {_first_line(error)}"
         raise InputError(msg) from None
+    # A published padding token may lie outside a reduced vocabulary; which it is decides nothing.
+    padding, words = getattr(made, "pad_token_id", None), getattr(made, "vocab_size", None)
+    if isinstance(padding, int) and isinstance(words, int) and not -words <= padding < words:
+        made.pad_token_id = 0
+    return made
 
 
 def _check_room(weights_bytes: int, cache_bytes: int, device: torch.device) -> None:

@@ -6,13 +6,12 @@ added up: the result is the same in every run, which sampling the process's RSS 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 from kvcalc.dtypes import FORMATS
 from kvcalc.engines import load_engine
-from kvcalc.measure.models import LoadedModel
+from kvcalc.measure.models import LoadedModel, widest
 from kvcalc.measure.workload import Workload
 from kvcalc.sizing import SizeReport
 from kvcalc.strategies import ChosenStrategy
@@ -67,13 +66,12 @@ def estimated_peaks(
     - Decode: the cache, and keys and values of its largest layer in the model's dtype, as often as
       the strategy makes them anew; where it recomputes, a prefill.
     """
-    text: Any = loaded.model.config.get_text_config(decoder=True)
     width = FORMATS[loaded.dtype].block_bytes
-    hidden = text.hidden_size
-    inner = 3 * (getattr(text, "intermediate_size", None) or 4 * hidden)
+    hidden = widest(loaded.model, "hidden_size") or 0
+    inner = 3 * (widest(loaded.model, "intermediate_size") or 4 * hidden)
     layers = load_engine("transformers").lay_out(loaded.architecture)
     rows = [part.rows() for layer in layers for part in layer.parts() if hasattr(part, "rows")]
-    heads = getattr(text, "num_attention_heads", None) or 0
+    heads = widest(loaded.model, "num_attention_heads") or 0
     attending = max(
         (3 * (heads + row.kv_heads) * row.key_dim + row.kv_heads * row.value_dim for row in rows),
         default=0,

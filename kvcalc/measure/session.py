@@ -18,6 +18,7 @@ from kvcalc.measure.held import LayerBytes, held_by_layer
 from kvcalc.measure.models import LoadedModel
 from kvcalc.measure.workload import Workload
 from kvcalc.strategies import ChosenStrategy
+from kvcalc.strategies._running import feed
 
 if TYPE_CHECKING:
     from transformers.cache_utils import Cache
@@ -83,13 +84,9 @@ class Session:
         if self._recomputes:
             self._seen.append(tokens)
             whole = torch.cat(self._seen, dim=1)
-            output = self._model(input_ids=whole, use_cache=False, logits_to_keep=1)
-        else:
-            output = self._model(
-                input_ids=tokens, past_key_values=self.cache, use_cache=True, logits_to_keep=1
-            )
-        logits: Tensor = output.logits
-        return logits[:, -1]
+            logits: Tensor = self._model(input_ids=whole, use_cache=False, logits_to_keep=1).logits
+            return logits[:, -1]
+        return feed(self._model, self.cache, tokens)
 
 
 @contextmanager

@@ -5,6 +5,9 @@ transformers builds the layers that a model needs (windows, recurrent states, in
 puts a strategy's way of keeping K and V in place of concatenation and leaves all else alone.
 """
 
+import functools
+import inspect
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
@@ -12,10 +15,31 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from kvcalc.errors import UnsupportedError
+from kvcalc.releases import CACHE_ARGUMENTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from transformers.cache_utils import Cache
+    from transformers.modeling_utils import PreTrainedModel
+
+
+def feed(model: "PreTrainedModel", cache: "Cache", tokens: Tensor) -> Tensor:
+    """Feed `tokens` [batch, new tokens] after those in the cache; returns the logits
+    [batch, vocabulary] after the last of them.
+    """
+    arguments: dict[str, Any] = {
+        _cache_argument(type(model).forward): cache,
+        "use_cache": True,
+        "logits_to_keep": 1,
+    }
+    logits: Tensor = model(input_ids=tokens, **arguments).logits
+    return logits[:, -1]
+
+
+@functools.cache
+def _cache_argument(forward: Hashable) -> str:
+    takes = inspect.signature(cast("Any", forward)).parameters
+    return next((name for name in CACHE_ARGUMENTS if name in takes), CACHE_ARGUMENTS[0])
 
 
 class Storage(DynamicLayer):  # type: ignore[no-untyped-call]

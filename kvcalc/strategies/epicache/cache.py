@@ -18,6 +18,7 @@ from kvcalc.strategies._evicting_cache import (
     evicting_cache,
     taken,
 )
+from kvcalc.strategies._running import feed
 from kvcalc.strategies._scores import query_attention
 
 if TYPE_CHECKING:
@@ -184,12 +185,10 @@ def prefill(model: "PreTrainedModel", cache: "Cache", prompt: Tensor) -> Tensor:
         plan["seen"] = 0
         for block in prompt.split(plan["chunk"], dim=1):
             plan["stage"] = "block"
-            output: Any = model(
-                input_ids=block, past_key_values=cache, use_cache=True, logits_to_keep=1
-            )
+            last = feed(model, cache, block)
             plan["seen"] += block.shape[1]
             _bound(model, cache, layers, found.medoids[:, episode])
-        logits.append(output.logits[:, -1])
+        logits.append(last)
         for layer in layers:
             layer.finish()
     for layer in layers:
@@ -211,7 +210,7 @@ def _bound(
     if layer.keys is None or layer.keys.shape[2] <= layer.budget:
         return
     layer.plan["stage"] = "look"
-    model(input_ids=typical, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    feed(model, cache, typical)
     for layer in layers:
         layer.evict()
 

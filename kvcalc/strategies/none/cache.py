@@ -8,12 +8,16 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from transformers import DynamicCache
-from transformers.cache_utils import Cache, DummyLayer
+from transformers.cache_utils import Cache
 
 from kvcalc.errors import UnsupportedError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+
+class NothingLayer:
+    """A layer without a tensor; nothing is ever put into it."""
 
 
 class NothingCache(Cache):
@@ -31,4 +35,5 @@ def build(
 ) -> NothingCache:
     """A cache that holds nothing."""
     del capacity_tokens, parameters
-    return NothingCache(layers=[DummyLayer() for _ in DynamicCache(config=config).layers])
+    layers: list[Any] = [NothingLayer() for _ in DynamicCache(config=config).layers]
+    return NothingCache(layers=layers)

@@ -88,10 +88,14 @@ def apply(layer: Layer, parameters: Mapping[str, int]) -> Layer:
 
 
 def check(layers: Sequence[Layer], parameters: Mapping[str, int]) -> None:
-    """Raise UnsupportedError where index keys stand alone: the counter of the rows that such a
-    layer could have kept is there all the same, and no part of the layer would count it.
+    """Raise UnsupportedError where no layer keeps anything, and where index keys stand alone: the
+    counter of the rows that such a layer could have kept is there all the same, and no part of the
+    layer would count it.
     """
     del parameters
+    if all(isinstance(part, NoCache) for layer in layers for part in layer.parts()):
+        msg = "static: this model keeps no cache, so there is nothing to allocate"
+        raise UnsupportedError(msg)
     for layer in layers:
         parts = layer.parts()
         rows = any(isinstance(part, AttentionLayer) for part in parts)

@@ -15,6 +15,7 @@ from kvcalc.strategies._evicting_cache import (
     evicting_cache,
 )
 from kvcalc.strategies._ragged_cache import RaggedEviction, best_counts, observed
+from kvcalc.strategies._running import feed
 from kvcalc.strategies._scores import pooled, window_attention
 
 if TYPE_CHECKING:
@@ -93,13 +94,11 @@ def prefill(model: "PreTrainedModel", cache: "Cache", prompt: Tensor) -> Tensor:
         check_window("xkv", budget_tokens=first.budget, window=window)
         settings = {"window": window, "kernel": first.kernel, "pooling": first.pooling}
         scored = evicting_cache(model.config, XKVScores, settings)
-        model(input_ids=prompt, past_key_values=scored, use_cache=True, logits_to_keep=1)
+        feed(model, scored, prompt)
         gains = torch.stack(_first(scored, XKVScores).plan["gains"], dim=1)
         del scored
         first.plan["budgets"] = best_counts(gains, first.places * (first.budget - window))
-    output = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    logits: Tensor = output.logits
-    return logits[:, -1]
+    return feed(model, cache, prompt)
 
 
 def _first(cache: "Cache", kind: type[Evicting]) -> Evicting:

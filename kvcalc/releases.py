@@ -40,6 +40,14 @@ indexer since the second; before that as K and V of every head (5.9.0 to 5.24.0 
 KEEP_OTHERWISE_BEFORE = {"qwen4_exp": (5, 21), "qwen4_exp_text": (5, 21)}
 """Types that keep other states before these releases (5.17.0 and 5.20.2 were run)."""
 
+STATIC_SINCE = {"bloom": (5, 21), "hy_v4": (5, 18)}
+"""Types whose static cache before these releases fails (bloom takes the length of the keys for that
+of the sequence) or holds a counter more in layers that share an indexer.
+"""
+
+LONGROPE_STAYS_ON_DEVICE = (5, 21)
+"""LongRoPE compares the length on the device since then; before, in Python."""
+
 
 def latents_are_kept(model_type: str) -> bool:
     """Whether a type's MLA is stored as latent and rotary key in the installed release."""
@@ -49,10 +57,17 @@ def latents_are_kept(model_type: str) -> bool:
 
 def keeps_otherwise(model_type: str) -> str | None:
     """The first release that keeps what kvcalc counts, where the installed one is before it."""
-    since = KEEP_OTHERWISE_BEFORE.get(model_type)
-    if since is None or _release(transformers_version()) >= since:
-        return None
-    return _dotted(since)
+    return _too_early(KEEP_OTHERWISE_BEFORE.get(model_type))
+
+
+def static_needs(model_type: str) -> str | None:
+    """The first release whose static cache takes a type, where the installed one is before it."""
+    return _too_early(STATIC_SINCE.get(model_type))
+
+
+def longrope_is_capturable() -> bool:
+    """Whether a decode step with LongRoPE reads nothing back from the device."""
+    return _too_early(LONGROPE_STAYS_ON_DEVICE) is None
 
 
 def check_promised() -> None:
@@ -76,6 +91,12 @@ def wanted(package: str) -> str:
     """The releases of a package that are run, as pip takes them."""
     oldest, first_not = PROMISED[package]
     return f"{package}>={_dotted(oldest)}" + (f",<{_dotted(first_not)}" if first_not else "")
+
+
+def _too_early(since: tuple[int, int] | None) -> str | None:
+    if since is None or _release(transformers_version()) >= since:
+        return None
+    return _dotted(since)
 
 
 def _installed(package: str) -> str | None:

@@ -8,6 +8,7 @@ from tiny import build, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import StaticCache
 
+from kvcalc import releases
 from kvcalc.measure import graph
 from kvcalc.measure.graph import GraphedDecode, decode_mode, why_eager
 from kvcalc.strategies import load_strategy
@@ -83,7 +84,10 @@ def test_repeated_steps_are_those_of_an_eager_static_cache(model_type, overrides
     """
     model = build(tiny_config(model_type, **overrides))
     found, mode = decoded(model, capture=strict_capture)
-    assert mode == "CUDA graph"
+    if overrides.get("rope_parameters") and not releases.longrope_is_capturable():
+        assert mode.startswith("eager (capture failed: operation not permitted")
+    else:
+        assert mode == "CUDA graph"
     expected, _ = decoded(model, graphed=False)
     assert torch.equal(found, expected)
 
@@ -98,6 +102,8 @@ def test_logits_are_the_callers_own():
 @pytest.mark.parametrize("rope_parameters", [None, LONGROPE])
 def test_replayed_steps_are_those_of_an_eager_static_cache(rope_parameters):
     """On a GPU, by a real graph."""
+    if rope_parameters and not releases.longrope_is_capturable():
+        pytest.skip("this release of transformers compares LongRoPE's length in Python")
     model = build(tiny_config("llama", rope_parameters=rope_parameters)).to("cuda")
     found, mode = decoded(model)
     assert mode == "CUDA graph"

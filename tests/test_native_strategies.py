@@ -8,6 +8,7 @@ import pytest
 import torch
 import zoo
 from tiny import WINDOW
+from transformers import CONFIG_MAPPING
 
 import kvcalc
 from kvcalc.dtypes import storage_format
@@ -43,6 +44,8 @@ MODELS = (
     "jamba",  # Mamba and full
     "nemotron_h",  # layers without a cache
 )
+MODELS = tuple(model_type for model_type in MODELS if model_type in CONFIG_MAPPING)
+"""Those that the installed release has."""
 
 RUNS = (
     (1, (WINDOW - 2, 1, 1)),
@@ -110,12 +113,19 @@ def promised(model_type, spec, tokens, batch):
         engine="transformers",
         strategy=spec,
     )
-    return [layer.bytes for layer in report.layers]
+    return without_empty_end([layer.bytes for layer in report.layers])
 
 
 def held(running):
     """Bytes of each layer."""
-    return [layer.held_bytes for layer in held_by_layer(running)]
+    return without_empty_end([layer.held_bytes for layer in held_by_layer(running)])
+
+
+def without_empty_end(layers):
+    """Whether a cache has places for layers that share what others keep differs by release."""
+    while layers and not layers[-1]:
+        layers = layers[:-1]
+    return layers
 
 
 def layers_of(model_type):
@@ -260,7 +270,14 @@ def test_offload_keeps_two_layers_on_the_device(monkeypatch):
     assert max(counts) == 2
 
 
-@pytest.mark.parametrize("model_type", [*sorted(WINDOWED), "llama", "falcon_h1", "jamba"])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        model_type
+        for model_type in MODELS
+        if model_type in WINDOWED | {"llama", "falcon_h1", "jamba"}
+    ],
+)
 def test_offload_says_what_it_needs_on_the_device(model_type):
     """The most that was on the device in a decode step is `working_bytes`, to the byte."""
     batch, steps = 2, (20, 1, 1)
@@ -417,11 +434,13 @@ def test_static_is_refused_where_it_is_not_exact():
     compressed = zoo.cases("causal", "deepseek_v4")[0]
     with pytest.raises(kvcalc.UnsupportedError, match="no static cache"):
         kvcalc.size(compressed.config, seq=10, strategy="static")
+    with pytest.raises(kvcalc.UnsupportedError, match="model_type"):
+        new_cache("gpt_neo", "static")
+    if "mistral_large4" not in CONFIG_MAPPING:
+        pytest.skip("this release has no type whose layers share K and V and keep index keys")
     (shared,) = [c for c in zoo.cases("itt", "mistral_large4") if c.variation == "shared KV"]
     with pytest.raises(kvcalc.UnsupportedError, match="kv_source_layers"):
         kvcalc.size(shared.config, seq=10, strategy="static")
-    with pytest.raises(kvcalc.UnsupportedError, match="model_type"):
-        new_cache("gpt_neo", "static")
 
 
 @pytest.mark.parametrize("spec", ["none", "sliding", "offload", "paged", "static"])

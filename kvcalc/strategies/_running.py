@@ -91,6 +91,10 @@ class Storage(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def reset(self) -> None:
         """Back to empty; storage is let go at once."""
+        # Let go first: before 5.18 transformers zeroes the rows of a layer and goes on behind them.
+        self.is_initialized = False
+        for name in vars(self).keys() & {"keys", "values"}:
+            setattr(self, name, None)
         super().reset()
         self.num_tokens = 0
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from transformers import StaticCache
 
 from kvcalc.errors import UnsupportedError
+from kvcalc.releases import static_needs, transformers_version
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -32,6 +33,13 @@ def build(
         msg = (
             f"static: {model_type} takes rows that are still empty for tokens; use dynamic; "
             "deciding field: model_type"
+        )
+        raise UnsupportedError(msg)
+    since = static_needs(model_type)
+    if since is not None:
+        msg = (
+            f"static: {model_type} does not work with a static cache in transformers "
+            f"{transformers_version()}; use dynamic, or run: pip install 'transformers>={since}'"
         )
         raise UnsupportedError(msg)
     return StaticCache(config=config, max_cache_len=capacity_tokens)

@@ -442,7 +442,7 @@ def profile(
     layers: Annotated[
         int | None, typer.Option(help="Only the first N layers (random weights).")
     ] = None,
-    chunk: Annotated[str, typer.Option(help="Prefill in pieces of this many tokens.")] = "8k",
+    chunk: Annotated[str, typer.Option(help="Prefill in pieces of N tokens.")] = "auto",
     repeats: Annotated[int, typer.Option(help="Timed runs.")] = 5,
     warmup: Annotated[int, typer.Option(help="Runs before the timed ones.")] = 1,
     depth: Annotated[float, typer.Option(help="Place of the built-in model's needle.")] = 0.5,

@@ -188,16 +188,22 @@ def test_capture_warms_up_on_its_own_stream_and_captures_once(monkeypatch):
         def replay(self):
             calls.append("replay")
 
+        def capture_begin(self, **settings):
+            calls.append("begin")
+
+        def capture_end(self):
+            calls.append("end")
+
     monkeypatch.setattr(torch.cuda, "Stream", Stand)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stand("current"))
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Stand("graph"))
-    monkeypatch.setattr(torch.cuda, "graph", lambda graph, **kwargs: graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: calls.append("wait for all"))
     replay = graph.cuda_capture(lambda: calls.append("step"), lambda: calls.append("rewind"))
     replay()
     assert calls == [
         *("stream waits for current", "enter stream"),
         *["step", "rewind"] * graph.WARM_UPS,
         *("leave stream", "current waits for stream"),
-        *("enter graph", "step", "leave graph", "replay"),
+        *("wait for all", "enter stream", "begin", "step", "end", "leave stream", "replay"),
     ]

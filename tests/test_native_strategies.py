@@ -321,6 +321,39 @@ def test_offload_on_a_gpu_pins_its_host_tier(model_type):
     assert held(offloaded) == promised(model_type, "offload", 64, 2)
 
 
+def test_pages_are_locked_byte_for_byte_and_unlocked_again(monkeypatch):
+    """Each storage in its own size, not rounded up; a failure unlocks those before it."""
+    locked = {}
+
+    class Runtime:
+        @staticmethod
+        def cudaHostRegister(address, num_bytes, flags):  # noqa: N802 - CUDA's name
+            locked[address] = num_bytes
+            return num_bytes == 999
+
+        @staticmethod
+        def cudaHostUnregister(address):  # noqa: N802 - likewise
+            del locked[address]
+
+    def check_error(status):
+        if status:
+            msg = "out of memory"
+            raise RuntimeError(msg)
+
+    monkeypatch.setattr(torch.cuda, "cudart", Runtime)
+    monkeypatch.setattr(torch.cuda, "check_error", check_error)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    storages = [torch.zeros(size, dtype=torch.uint8).untyped_storage() for size in (33, 0, 1025)]
+    unlock = offload_cache.lock_pages(storages)
+    assert sorted(locked.values()) == [33, 1025]
+    unlock()
+    assert locked == {}
+    broken = torch.zeros(999, dtype=torch.uint8).untyped_storage()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        offload_cache.lock_pages([storages[0], broken])
+    assert storages[0].data_ptr() not in locked
+
+
 def test_offload_takes_no_more_than_it_was_built_for():
     """A token beyond the capacity is refused, also where only windows are full."""
     running = new_cache("llama", "offload", 6)

@@ -15,7 +15,10 @@ import torch
 from kvcalc import cli
 from kvcalc.errors import InputError
 from kvcalc.measure import models, profile, timed
+from kvcalc.measure.busy import covered
 from kvcalc.measure.interrupt import interrupts
+from kvcalc.measure.light import expected_tpot
+from kvcalc.measure.peak import estimated_peaks
 from kvcalc.measure.record import RowFile, claimed
 from kvcalc.measure.session import Session
 from kvcalc.measure.workload import Workload, checked_workload
@@ -235,3 +238,84 @@ def test_resume_needs_a_file(capsys):
     """`--resume` without `--out` has nothing to go on with."""
     assert cli.run(["profile", "--resume"]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spans", "length"),
+    [
+        ([], 0),
+        ([(5, 9)], 4),
+        ([(0, 4), (3, 6)], 6),
+        ([(3, 6), (0, 4), (10, 11), (1, 2)], 7),
+    ],
+)
+def test_a_device_is_busy_while_anything_runs(spans, length):
+    """Kernels that overlap count once, in whatever order they are told."""
+    assert covered(spans) == length
+
+
+class Repeating:
+    """A session whose steps take 10 ms, and can be repeated a number of times."""
+
+    mode = "eager"
+
+    def __init__(self, now, repeats):
+        self._now, self._repeats = now, repeats
+
+    def prefill(self, prompt):
+        """Nothing to see."""
+
+    def prepare_decode(self, logits):
+        """Nothing to do."""
+
+    def decode(self, step):
+        """Takes 10 ms."""
+        self._now[0] += 10_000_000
+
+    def repeat_step(self):
+        """Takes 10 ms, too."""
+        self._repeats -= 1
+        self._now[0] += 10_000_000 * (self._repeats >= 0)
+        return self._repeats >= 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "repeats", "joules"), [(6, 0, None), (60, 0, 3.0), (6, 100, 3.0), (6, 10, None)]
+)
+def test_energy_is_told_of_what_lasts(loaded, monkeypatch, steps, repeats, joules):
+    """300 W for 10 ms a step are 3 J, where the steps or their repetitions last half a second;
+    a shorter stretch has no figure.
+    """
+    now = [0]
+    monkeypatch.setattr(timed, "Session", lambda *_: Repeating(now, repeats))
+    monkeypatch.setattr(timed, "time", SimpleNamespace(perf_counter_ns=lambda: now[0]))
+    monkeypatch.setattr(timed.nvml, "energy_joules", lambda device: 7 + 300 * now[0] / 1e9)
+    feed = SimpleNamespace(prompt=None, steps=[None] * steps)
+    run = timed.time_once(loaded, load_strategy("dynamic"), POINT, feed)
+    assert run.joules == (joules if joules is None else pytest.approx(joules))
+    assert run.step_seconds == pytest.approx([0.01] * steps)
+
+
+def test_a_prompt_comes_in_pieces_where_it_would_not_fit_whole(loaded, monkeypatch):
+    """Whole by default; where less memory is free, in halves, quarters and so on."""
+    long = POINT._replace(prompt_tokens=4096, decode_tokens=2)
+    chosen = [load_strategy("dynamic")]
+    assert profile.piece_that_fits(loaded, chosen, long) == 4096
+    whole = profile.predict(loaded, chosen[0], long)
+    peak = estimated_peaks(loaded, long, chosen[0], whole)["prefill_bytes"]
+    monkeypatch.setattr(profile, "free_memory", lambda device: peak - 1)
+    assert profile.piece_that_fits(loaded, chosen, long) == 2048
+    monkeypatch.setattr(profile, "free_memory", lambda device: 0)
+    assert profile.piece_that_fits(loaded, chosen, long) == profile.SMALLEST_PIECE
+
+
+def test_a_step_is_expected_to_take_what_its_strategy_moves():
+    """What is copied before attention reads it is read and written, but for a fused attention."""
+    ceilings = {"bytes_per_second": 1e9, "flops_per_second": 1e12, "source": ""}
+    light = {
+        "ceilings": ceilings,
+        "decode": {"num_bytes": 3_000_000, "flops": 5},
+        "copied_bytes": 2_000_000,
+    }
+    assert expected_tpot(light, "eager") == pytest.approx(0.007)
+    assert expected_tpot(light, "eager, fused attention") == pytest.approx(0.003)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvcalc.measure.busy import busy_time
 from kvcalc.measure.feeds import Feed
 from kvcalc.measure.held import LayerBytes
 from kvcalc.measure.models import LoadedModel
@@ -18,6 +19,9 @@ from kvcalc.measure.session import Session, undisturbed
 from kvcalc.measure.workload import Workload
 from kvcalc.sizing import SizeReport
 from kvcalc.strategies import ChosenStrategy
+
+WATCHED_STEPS = 4
+"""Decode steps of which is noted how long the device works."""
 
 
 class Counted(NamedTuple):
@@ -49,10 +53,15 @@ def count(
             after = session.prefill(feed.prompt)
         keep(after)
         after_prefill = sum(layer.held_bytes for layer in session.held())
+        watched = feed.steps[-WATCHED_STEPS:]
         with peak_memory(loaded.device, level_bytes=prefill.left_bytes) as decode:
-            for step in feed.steps:
+            for step in feed.steps[: -len(watched)]:
                 after = session.decode(step)
                 keep(after)
+            with busy_time(loaded.device) as busy:
+                for step in watched:
+                    after = session.decode(step)
+                    keep(after)
         held, observed = session.held(), session.observed()
         del session, after
     layers = compare(predicted, held)
@@ -63,6 +72,7 @@ def count(
         "prefill_peak_bytes": prefill.num_bytes,
         "decode_peak_bytes": decode.num_bytes,
         "peak_bytes": max(prefill.num_bytes, decode.num_bytes),
+        "busy_seconds": None if busy.seconds is None else busy.seconds / len(watched),
         "layers": layers,
         "observed": observed,
     }

@@ -83,13 +83,13 @@ class GraphedDecode:
         self._logits = torch.empty_like(logits)
         self._replay = self._step
         self.mode = GRAPH
-        counters = [
+        self._counters = [
             layer.cumulative_length for layer in cache.layers if isinstance(layer, StaticLayer)
         ]
-        before = [counter.clone() for counter in counters]
+        before = [counter.clone() for counter in self._counters]
 
         def rewind() -> None:
-            for counter, value in zip(counters, before, strict=True):
+            for counter, value in zip(self._counters, before, strict=True):
                 counter.copy_(value)
 
         reason = why_eager(model, cache)
@@ -111,6 +111,15 @@ class GraphedDecode:
         self._replay()
         return self._logits.clone()
 
+    def repeat(self) -> bool:
+        """Do the work of the last step again, at its place; False where it is not captured."""
+        if self.mode != GRAPH:
+            return False
+        for counter in self._counters:
+            counter.sub_(1)
+        self._replay()
+        return True
+
     def _step(self) -> None:
         """What is captured: token buffer to logits buffer."""
         self._logits.copy_(feed(self._model, self._cache, self._token))
@@ -129,9 +138,15 @@ def cuda_capture(step: Callable[[], None], rewind: Callable[[], None]) -> Callab
             rewind()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other threads may ask the driver for memory in use meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        step()
+    torch.cuda.synchronize()
+    # Not torch.cuda.graph, which empties the allocators: whoever runs next would pay for that.
+    with torch.cuda.stream(stream):
+        # Other threads may ask the driver for memory in use meanwhile.
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            step()
+        finally:
+            graph.capture_end()
     return graph.replay
 
 

@@ -1,13 +1,15 @@
 """The speed of light: how fast a phase could be if the device did nothing but what must be done.
 
 Prefill is bound by arithmetic, a decode step by reading all weights and the cache once. The
-ceilings are a known GPU's published figures, else what a short copy and a matrix product reach
-here. What is counted: two operations for each weight and token, and causal attention
-(arXiv:2205.14135, section 3.1, counts alike); reads of the embedding table are left out.
+ceilings are what a copy and a matrix product reach here; the published figures of a known GPU, of
+which some nine and eight tenths can be reached, stand beside them. What is counted: two operations
+for each weight and token, and causal attention (arXiv:2205.14135, section 3.1, counts alike); reads
+of the embedding table are left out.
 """
 
 import time
-from functools import cache
+from collections.abc import Mapping
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +17,12 @@ from transformers.modeling_utils import PreTrainedModel
 
 from kvcalc.hardware import find_gpu
 from kvcalc.measure.models import TORCH_DTYPES, LoadedModel, widest
+from kvcalc.measure.record import free_memory
 from kvcalc.measure.workload import Workload
 
-_PROBE_BYTES = 2**27
-_PROBE_SIDE = 1024
+_PROBE_BYTES, _PROBE_SIDE = {"cpu": 2**27, "cuda": 2**31}, {"cpu": 1024, "cuda": 8192}
+"""Large enough that on a GPU neither its L2 nor a launch has a part in it."""
+
 _PROBE_SECONDS = 0.15
 
 
@@ -43,13 +47,20 @@ class Work(NamedTuple):
 
 
 def speed_of_light(
-    loaded: LoadedModel, workload: Workload, cache_bytes: int, *, recomputes: bool
+    loaded: LoadedModel,
+    workload: Workload,
+    cache_bytes: int,
+    *,
+    recomputes: bool,
+    copied_bytes: int = 0,
 ) -> dict[str, Any]:
-    """Predicted TTFT and TPOT, and what they were predicted from.
+    """The least TTFT and TPOT, and what they follow from.
 
-    `cache_bytes` is what the last decode step reads of the cache.
+    `cache_bytes` is what the last decode step reads of the cache, `copied_bytes` what it makes anew
+    of it before attention reads that.
     """
     ceilings = device_ceilings(loaded.device, loaded.dtype)
+    published = published_ceilings(loaded.device, loaded.dtype)
     prefill = prefill_work(loaded, workload.prompt_tokens, workload.batch)
     if recomputes:
         decode = prefill_work(loaded, workload.total_tokens, workload.batch)
@@ -60,20 +71,36 @@ def speed_of_light(
         "tpot_seconds": decode.seconds(ceilings),
         "prefill": prefill._asdict(),
         "decode": decode._asdict(),
+        "copied_bytes": copied_bytes,
         "ceilings": ceilings._asdict(),
+        "published": published._asdict() if published else None,
     }
+
+
+def expected_tpot(light: Mapping[str, Any], mode: str) -> float:
+    """Seconds of a step as its strategy runs: besides what must be read, what is made anew is read,
+    written, and read by attention, unless a fused attention reads the cache itself. Launching is
+    not in it.
+    """
+    ceilings = light["ceilings"]
+    decode = Work(**light["decode"])
+    if light["copied_bytes"] and "fused" not in mode:
+        decode = decode._replace(num_bytes=decode.num_bytes + 2 * light["copied_bytes"])
+    return decode.seconds(Ceilings(**ceilings))
 
 
 def achieved(light: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
     """The fraction of the ceilings that was reached: of compute in prefill, of bandwidth in a
-    decode step.
+    decode step; of published ones, too, where they are known.
     """
-    ceilings = light["ceilings"]
     ttft, tpot = row["ttft_seconds"]["median"], row["tpot_seconds"]["median"]
-    return {
-        "compute_fraction": light["prefill"]["flops"] / ttft / ceilings["flops_per_second"],
-        "bandwidth_fraction": light["decode"]["num_bytes"] / tpot / ceilings["bytes_per_second"],
-    }
+    found = {}
+    for prefix, ceilings in (("", light["ceilings"]), ("published_", light["published"])):
+        if ceilings:
+            flops, num_bytes = light["prefill"]["flops"], light["decode"]["num_bytes"]
+            found[f"{prefix}compute_fraction"] = flops / ttft / ceilings["flops_per_second"]
+            found[f"{prefix}bandwidth_fraction"] = num_bytes / tpot / ceilings["bytes_per_second"]
+    return found
 
 
 def prefill_work(loaded: LoadedModel, tokens: int, batch: int) -> Work:
@@ -145,30 +172,33 @@ def _attention_flops(loaded: LoadedModel, layer: Any, tokens: int) -> int:  # no
     return flops
 
 
-def device_ceilings(device: torch.device, dtype: str) -> Ceilings:
-    """Published figures of a known GPU at 16 bits, else measured ones."""
+def published_ceilings(device: torch.device, dtype: str) -> Ceilings | None:
+    """The figures of a known GPU at 16 bits."""
     if device.type == "cuda":
         gpu = find_gpu(torch.cuda.get_device_name(device))
         if gpu and dtype != "fp32" and gpu.bandwidth_bytes_per_second and gpu.bf16_flops:
             bandwidth, flops = gpu.bandwidth_bytes_per_second.value, gpu.bf16_flops.value
             if bandwidth and flops:
                 return Ceilings(bandwidth, flops, f"published figures of {gpu.name}")
-    return _probed(device, dtype)
+    return None
 
 
 @cache
-def _probed(device: torch.device, dtype: str) -> Ceilings:
-    kind = TORCH_DTYPES[dtype]
-    source = torch.ones(_PROBE_BYTES // kind.itemsize, dtype=kind, device=device)
+def device_ceilings(device: torch.device, dtype: str) -> Ceilings:
+    """What a copy and a matrix product reach, of random numbers: of ones a GPU is faster."""
+    kind, side = TORCH_DTYPES[dtype], _PROBE_SIDE[device.type]
+    num_bytes = min(_PROBE_BYTES[device.type], free_memory(device) // 4)
+    source = torch.empty(num_bytes // kind.itemsize, dtype=kind, device=device).fill_(1)
     target = torch.empty_like(source)
-    square = torch.ones(_PROBE_SIDE, _PROBE_SIDE, dtype=kind, device=device)
+    copy_seconds = _best(partial(target.copy_, source), device)
+    del source, target
+    square = torch.randn(side, side, dtype=kind, device=device)
     result = torch.empty_like(square)
-    copy_seconds = _best(lambda: target.copy_(source), device)
-    product_seconds = _best(lambda: torch.mm(square, square, out=result), device)
+    product_seconds = _best(partial(torch.mm, square, square, out=result), device)
     return Ceilings(
-        2 * _PROBE_BYTES / copy_seconds,
-        2 * _PROBE_SIDE**3 / product_seconds,
-        f"measured here: a copy of {_PROBE_BYTES // 2**20} MiB and a {_PROBE_SIDE}² product",
+        2 * num_bytes / copy_seconds,
+        2 * side**3 / product_seconds,
+        f"measured here: a copy of {num_bytes // 2**20} MiB and a {side}² product",
     )
 
 

@@ -47,13 +47,11 @@ def _ask(device: torch.device, question: str, *arguments: Any) -> Any:  # noqa: 
 
 
 def facts(device: torch.device) -> dict[str, Any]:
-    """Clocks in MHz, the power limit, and the memory that all processes use."""
+    """The driver, the power limit, and the memory that all processes use."""
     memory = _ask(device, "nvmlDeviceGetMemoryInfo")
     found = _handle(device)
     return {
         "driver": found[0].nvmlSystemGetDriverVersion() if found else None,
-        "sm_clock_mhz": _ask(device, "nvmlDeviceGetClockInfo", 1),
-        "memory_clock_mhz": _ask(device, "nvmlDeviceGetClockInfo", 2),
         "power_limit_milliwatts": _ask(device, "nvmlDeviceGetEnforcedPowerLimit"),
         "used_bytes": memory.used if memory else None,
     }
@@ -65,7 +63,17 @@ def energy_joules(device: torch.device) -> float | None:
     return None if millijoules is None else millijoules / 1000
 
 
-def throttling(device: torch.device) -> list[str]:
-    """Why the GPU runs below its clocks at this moment; empty when it does not."""
+def state(device: torch.device) -> dict[str, Any]:
+    """Clocks, power, temperature and why the GPU runs below its clocks, at this moment: to be asked
+    while it works, for an idle GPU lowers its clocks. Empty where nobody knows.
+    """
+    if _handle(device) is None:
+        return {}
     bits = _ask(device, "nvmlDeviceGetCurrentClocksThrottleReasons") or 0
-    return [name for bit, name in _THROTTLING.items() if bits & bit]
+    return {
+        "sm_clock_mhz": _ask(device, "nvmlDeviceGetClockInfo", 1),
+        "memory_clock_mhz": _ask(device, "nvmlDeviceGetClockInfo", 2),
+        "power_milliwatts": _ask(device, "nvmlDeviceGetPowerUsage"),
+        "temperature_celsius": _ask(device, "nvmlDeviceGetTemperature", 0),
+        "throttled": [name for bit, name in _THROTTLING.items() if bits & bit],
+    }

@@ -15,7 +15,6 @@ from kvcalc.measure.models import LoadedModel, widest
 from kvcalc.measure.workload import Workload
 from kvcalc.sizing import SizeReport
 from kvcalc.strategies import ChosenStrategy
-from kvcalc.units import MAX_TOKENS
 
 
 class Peak:
@@ -55,6 +54,17 @@ def peak_memory(device: torch.device, *, level_bytes: int = 0) -> Iterator[Peak]
     peak.left_bytes = level_bytes
 
 
+def full_bytes(loaded: LoadedModel, workload: Workload) -> int:
+    """Keys and values of all layers as transformers keeps them, in the model's dtype."""
+    layers = load_engine("transformers").lay_out(loaded.architecture)
+    return sum(
+        layer.num_bytes(
+            tokens=workload.total_tokens, batch=workload.batch, dtype=FORMATS[loaded.dtype]
+        )
+        for layer in layers
+    )
+
+
 def estimated_peaks(
     loaded: LoadedModel, workload: Workload, chosen: ChosenStrategy, predicted: SizeReport
 ) -> dict[str, int]:
@@ -77,7 +87,7 @@ def estimated_peaks(
         default=0,
     )
     in_pieces = loaded.takes_chunks and not chosen.whole_prompt
-    piece = min(workload.chunk if in_pieces else MAX_TOKENS, workload.prompt_tokens)
+    piece = workload.piece_tokens if in_pieces else workload.prompt_tokens
     activations = workload.batch * piece * (3 * hidden + max(inner, attending)) * width
     copied = max(
         (

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from kvcalc.dtypes import FORMATS
@@ -20,14 +19,13 @@ from kvcalc.errors import (
     UnsupportedError,
 )
 from kvcalc.families import Architecture
-from kvcalc.measure import nvml
 from kvcalc.measure.counted import count
 from kvcalc.measure.feeds import Feed, choose_feed, needle_feed
 from kvcalc.measure.fidelity import fidelity
 from kvcalc.measure.interrupt import interrupts
-from kvcalc.measure.light import achieved, speed_of_light
+from kvcalc.measure.light import achieved, expected_tpot, speed_of_light
 from kvcalc.measure.models import LeastCache, LoadedModel, load_model, no_cache, pick_device
-from kvcalc.measure.peak import estimated_peaks
+from kvcalc.measure.peak import estimated_peaks, full_bytes
 from kvcalc.measure.record import RowFile, claimed, conditions, free_memory
 from kvcalc.measure.retrieval import recall
 from kvcalc.measure.row import (
@@ -103,6 +101,8 @@ def profile(
     same, and the OutputError follows; so are the rows of a run that is interrupted, as far as they
     got.
     """
+    if workload.chunk is None:
+        workload = workload._replace(chunk=piece_that_fits(loaded, strategies, workload))
     about = conditions(loaded.device)
     entries = [
         _entry(loaded, chosen, workload, strategies[:place], text, file, about)
@@ -158,6 +158,33 @@ def _predict(
     )
 
 
+SMALLEST_PIECE = 512
+
+
+def piece_that_fits(
+    loaded: LoadedModel, strategies: Sequence[ChosenStrategy], workload: Workload
+) -> int:
+    """The tokens of a prompt that go in at once: all of them where the estimated peaks of all
+    strategies fit in what is free, else a half, a quarter and so on: a later piece costs more than
+    the same tokens at the end of a whole.
+    """
+    free_bytes = free_memory(loaded.device)
+    piece = workload.prompt_tokens
+    while piece > SMALLEST_PIECE:
+        point = workload._replace(chunk=piece)
+        peaks = []
+        for chosen in strategies:
+            try:
+                predicted = predict(loaded, chosen, point)
+            except KvcalcError:
+                continue
+            peaks.append(estimated_peaks(loaded, point, chosen, predicted)["prefill_bytes"])
+        if max(peaks, default=0) <= free_bytes:
+            return piece
+        piece = -(-piece // 2)
+    return piece
+
+
 def least_cache(strategies: Sequence[ChosenStrategy], workload: Workload) -> LeastCache:
     """What the smallest cache of these strategies takes, those left out that do not apply."""
 
@@ -192,9 +219,7 @@ def _entry(
         "attention": loaded.model.config._attn_implementation,  # noqa: SLF001 - its only name
         **workload._asdict(),
         "text": str(text) if text else None,
-        "chunk": min(workload.chunk, workload.prompt_tokens)
-        if loaded.takes_chunks
-        else workload.prompt_tokens,
+        "chunk": workload.piece_tokens if loaded.takes_chunks else workload.prompt_tokens,
     }
     point = {
         "model": loaded.name,
@@ -259,6 +284,9 @@ def _count_all(
                 # All that is stored, unless the strategy says that it reads a part.
                 fields["figures"].get("traffic_bytes", predicted.total_bytes),
                 recomputes=entry.chosen.recomputes,
+                copied_bytes=0
+                if entry.chosen.recomputes
+                else entry.chosen.copies * full_bytes(loaded, workload),
             )
             if full is not None:
                 fields["fidelity"] = fidelity(counted.logits, full, feed)
@@ -322,31 +350,8 @@ def _time_all(
             with _guarded(entry, loaded):
                 run = time_once(loaded, entry.chosen, workload, feed)
                 entry.runs.append(run)
-                entry.row["throttled"] = sorted(
-                    {*entry.row["throttled"], *nvml.throttling(loaded.device)}
-                )
                 if file is not None:
                     file.append_part(entry.point, run=run)
-    for entry in waiting:
-        if entry.going and nvml.energy_joules(loaded.device) is not None:
-            with _guarded(entry, loaded):
-                entry.row["energy_joules_per_token"] = _energy(loaded, entry, workload, feed)
-
-
-def _energy(loaded: LoadedModel, entry: Entry, workload: Workload, feed: Feed) -> float | None:
-    """Joules of a decoded token, over one more run of decode steps."""
-    with undisturbed(loaded, entry.chosen):
-        session = Session(loaded, entry.chosen, workload)
-        session.prefill(feed.prompt)
-        torch.cuda.synchronize(loaded.device)
-        start = nvml.energy_joules(loaded.device)
-        for step in feed.steps:
-            session.decode(step)
-        torch.cuda.synchronize(loaded.device)
-        end = nvml.energy_joules(loaded.device)
-    if start is None or end is None:
-        return None
-    return (end - start) / (workload.batch * workload.decode_tokens)
 
 
 @contextmanager
@@ -387,6 +392,9 @@ def _finished(entry: Entry, workload: Workload, first: Entry) -> dict[str, Any]:
     if row["tpot_seconds"] is None and entry.runs and entry.going:
         row |= summed_up(entry.runs, batch=workload.batch)
         row["speed_of_light"] |= achieved(row["speed_of_light"], row)
+        row["speed_of_light"]["expected_tpot_seconds"] = expected_tpot(
+            row["speed_of_light"], row["decode_mode"]
+        )
     if first.chosen.name == BASELINE and row["held_bytes"] is not None:
         row["ratio_to_dynamic"] = ratios(row, first.row)
     row["headlines"] = headlines(entry.chosen, row["ratio_to_dynamic"])

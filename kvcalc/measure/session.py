@@ -34,7 +34,7 @@ class Session:
         self._graph: GraphedDecode | None = None
         self._recomputes = chosen.recomputes
         in_pieces = loaded.takes_chunks and not chosen.whole_prompt
-        self._chunk = workload.chunk if in_pieces else workload.prompt_tokens
+        self._chunk = workload.piece_tokens if in_pieces else workload.prompt_tokens
         self._seen: list[Tensor] = []
         self._running = chosen.running
         self.cache: Cache = chosen.build(
@@ -70,6 +70,12 @@ class Session:
     def decode(self, step: Tensor) -> Tensor:
         """Feed one token of each sequence; returns the logits [batch, vocabulary] after it."""
         return self._graph.step(step) if self._graph else self._forward(step)
+
+    def repeat_step(self) -> bool:
+        """Do the work of the last step once more, at its place in the cache; False where steps
+        cannot be repeated.
+        """
+        return self._graph is not None and self._graph.repeat()
 
     def held(self) -> list[LayerBytes]:
         """What each layer of the cache holds now."""

@@ -1,33 +1,70 @@
 """Timed runs of a strategy: TTFT is one prefill, TPOT a decode step at the stated depth.
 
 The first decode step is timed apart: it pays for lazy allocation and for windows that collapse.
-On CUDA events are recorded and the device is synchronised once, after the last step; on the CPU
-the clock is read. Several runs are summed up by median and interquartile range.
+On CUDA events are recorded, and the device is waited for after the prefill, so that no strategy
+hides launches of its first step behind it, and after the last step; on the CPU the clock is read.
+Several runs are summed up by median and interquartile range.
 """
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 
+from kvcalc.measure import nvml
 from kvcalc.measure.feeds import Feed
 from kvcalc.measure.models import LoadedModel
 from kvcalc.measure.session import Session, undisturbed
 from kvcalc.measure.workload import Workload
 from kvcalc.strategies import ChosenStrategy
 
+SHORTEST_ENERGY_SECONDS = 0.5
+"""NVML renews its energy counter some ten to fifty times a second: what is shorter says little."""
+
 
 class Run(NamedTuple):
     """Seconds of one run: the prefill, and each decode step in order; `mode` is how decode steps
-    were run.
+    were run, `state` what NVML said of the GPU while the prefill ran, `joules` what a decoded token
+    took, None where the steps were too short or nobody counts.
     """
 
     prefill_seconds: float
     step_seconds: list[float]
     mode: str = "eager"
+    state: Mapping[str, Any] = {}
+    joules: float | None = None
+
+
+class Meter:
+    """The energy of a stretch: `joules`, None where nobody counts or it was too short."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._start, self._start_ns = nvml.energy_joules(device), time.perf_counter_ns()
+        self.joules: float | None = None
+
+    def wants_more(self) -> bool:
+        """Whether more of the same work would make a figure of it."""
+        lasted = (time.perf_counter_ns() - self._start_ns) / 1e9
+        return self._start is not None and lasted < SHORTEST_ENERGY_SECONDS
+
+    def read(self) -> None:
+        """At the end of the stretch, when the device has done all of it."""
+        end = nvml.energy_joules(self._device)
+        if self._start is not None and end is not None and not self.wants_more():
+            self.joules = end - self._start
+
+
+@contextmanager
+def metered(device: torch.device) -> Iterator[Meter]:
+    """Measure the energy of the enclosed work, which must wait for its device at the end."""
+    meter = Meter(device)
+    yield meter
+    meter.read()
 
 
 class Clock:
@@ -36,8 +73,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._marks: list[Any] = []
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        self.wait()
 
     def mark(self) -> None:
         """After all that was launched so far."""
@@ -48,10 +84,15 @@ class Clock:
         else:
             self._marks.append(time.perf_counter_ns())
 
-    def seconds(self) -> list[float]:
-        """From each mark to the next; waits for the device."""
+    def wait(self) -> None:
+        """Until the device has done all that was launched."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+
+    def seconds(self) -> list[float]:
+        """From each mark to the next; waits for the device."""
+        self.wait()
+        if self._device.type == "cuda":
             return [one.elapsed_time(other) / 1e3 for one, other in pairwise(self._marks)]
         return [(other - one) / 1e9 for one, other in pairwise(self._marks)]
 
@@ -64,14 +105,23 @@ def time_once(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload, f
         clock.mark()
         logits = session.prefill(feed.prompt)
         clock.mark()
+        state = nvml.state(loaded.device)  # which takes no longer than the prefill does
+        clock.wait()
         session.prepare_decode(logits)
-        clock.mark()
-        for step in feed.steps:
-            session.decode(step)
+        clock.wait()
+        with metered(loaded.device) as meter:
             clock.mark()
-        prefill, _, *steps = clock.seconds()
+            for step in feed.steps:
+                session.decode(step)
+                clock.mark()
+            prefill, _, *steps = clock.seconds()
+            repeats = 0
+            while meter.wants_more() and session.repeat_step():
+                repeats += 1
+                clock.wait()
+        joules = meter.joules and meter.joules / (workload.batch * (len(steps) + repeats))
         mode = session.mode + ", fused attention" * bool(calls["fused"])
-    return Run(prefill, steps, mode)
+    return Run(prefill, steps, mode, state, joules)
 
 
 def summed_up(runs: Sequence[Run], *, batch: int) -> dict[str, Any]:
@@ -84,12 +134,16 @@ def summed_up(runs: Sequence[Run], *, batch: int) -> dict[str, Any]:
     tpot = _summary([statistics.median(steps) for steps in later])
     every = sorted(seconds for steps in later for seconds in steps)
     tpot |= {"p90": every[min(len(every) - 1, len(every) * 9 // 10)], "max": every[-1]}
+    joules = [run.joules for run in runs if run.joules is not None]
     return {
         "ttft_seconds": _summary([run.prefill_seconds for run in runs]),
         "first_decode_seconds": _summary([run.step_seconds[0] for run in runs]),
         "tpot_seconds": tpot,
         "tokens_per_second": batch / tpot["median"],
         "decode_mode": runs[-1].mode,
+        "energy_joules_per_token": statistics.median(joules) if joules else None,
+        "state": dict(runs[-1].state),
+        "throttled": sorted({name for run in runs for name in run.state.get("throttled", ())}),
     }
 
 

@@ -8,10 +8,14 @@ from kvcalc.units import check_count, parse_tokens
 _MOST_TOKENS = 2**20
 _MOST_RUNS = 1000
 
+FITTING = "auto"
+"""The `--chunk` that is as large as fits."""
+
 
 class Workload(NamedTuple):
     """What every strategy is put through. Token counts are for each of `batch` sequences; a prompt
-    comes in pieces of at most `chunk` tokens. `depth` is where the built-in model's needle stands.
+    comes in pieces of at most `chunk` tokens, None for as many as fit. `depth` is where the needle
+    of the built-in model stands.
     """
 
     prompt_tokens: int
@@ -20,8 +24,13 @@ class Workload(NamedTuple):
     repeats: int
     warmup: int
     seed: int
-    chunk: int = 8192
+    chunk: int | None = None
     depth: float = 0.5
+
+    @property
+    def piece_tokens(self) -> int:
+        """Tokens of a prompt that go in at once."""
+        return min(self.chunk or self.prompt_tokens, self.prompt_tokens)
 
     @property
     def total_tokens(self) -> int:
@@ -37,7 +46,7 @@ def checked_workload(
     repeats: int,
     warmup: int,
     seed: int,
-    chunk: str,
+    chunk: str = FITTING,
     depth: float = 0.5,
 ) -> Workload:
     """A workload from what the user gave; InputError for a value out of range."""
@@ -48,5 +57,5 @@ def checked_workload(
     if not 0 <= depth <= 1:
         msg = f"--depth must be from 0 to 1, not {depth}"
         raise InputError(msg)
-    pieces = parse_tokens(chunk, name="--chunk")
+    pieces = None if chunk == FITTING else parse_tokens(chunk, name="--chunk")
     return Workload(parse_tokens(seq), decode, batch, repeats, warmup, seed, pieces, depth)

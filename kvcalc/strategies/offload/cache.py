@@ -1,12 +1,13 @@
 """The running offloaded cache: a host tier for all layers, and a device tier of two at most.
 
-On CUDA the host tier is pinned and copies run on a stream of their own, beside the computation. On
-the CPU the two tiers are separate tensors, too, and copies happen at once.
+On CUDA the host tier is page-locked, and copies run on a stream of their own, beside the
+computation. On the CPU the two tiers are separate tensors, too, and copies happen at once.
 """
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -107,6 +108,33 @@ class Tier:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
 
 
+def lock_pages(storages: Sequence[torch.UntypedStorage]) -> Callable[[], None]:
+    """Lock memory of the host for copies that run beside the computation, byte for byte: torch's
+    `pin_memory` takes the next power of two (16 GiB and a row are 32 GiB there).
+
+    Returns what unlocks it, to be called before the memory is let go. Raises RuntimeError as CUDA
+    does, for want of memory for one.
+    """
+    runtime = torch.cuda.cudart()
+    locked: list[int] = []
+
+    def unlock() -> None:
+        torch.cuda.synchronize()  # a copy may be under way
+        while locked:
+            runtime.cudaHostUnregister(locked.pop())
+
+    try:
+        for storage in storages:
+            if storage.nbytes():
+                status = runtime.cudaHostRegister(storage.data_ptr(), storage.nbytes(), 0)
+                torch.cuda.check_error(status)
+                locked.append(storage.data_ptr())
+    except RuntimeError:
+        unlock()
+        raise
+    return unlock
+
+
 class HostStorage(Storage):
     """`keys` and `values` [batch, KV heads, capacity or window - 1, width], in host memory.
 
@@ -117,6 +145,7 @@ class HostStorage(Storage):
     values: Tensor
     _tier: Tier
     _place: int
+    _unlock: "weakref.finalize[Any, Any] | None" = None
     num_stored = 0
     """Tokens that are in host memory or have fallen out of it."""
 
@@ -131,14 +160,14 @@ class HostStorage(Storage):
         self.num_rows = capacity if window is None else min(capacity, window - 1)
         self.keys, self.values = (
             _by_head(
-                torch.empty(
-                    (self.num_rows, *states.shape[:2], states.shape[3]),
-                    dtype=states.dtype,
-                    pin_memory=states.device.type == "cuda",
-                )
+                torch.empty((self.num_rows, *states.shape[:2], states.shape[3]), dtype=states.dtype)
             )
             for states in (keys, values)
         )
+        if keys.device.type == "cuda":
+            storages = [rows.untyped_storage() for rows in (self.keys, self.values)]
+            self._unlock = weakref.finalize(self, lock_pages(storages))
+            self._unlock.atexit = False
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Rows from the tier and the new ones behind; the next layer's are on their way."""
@@ -163,6 +192,8 @@ class HostStorage(Storage):
 
     def reset(self) -> None:
         """Back to empty; host memory is let go."""
+        if self._unlock is not None:
+            self._unlock()
         super().reset()
         self.num_stored = 0
 

@@ -1,7 +1,8 @@
 """Profiling a model under several strategies: counted one by one, then timed in turns.
 
 Timed runs alternate (A B C A B C), so that what disturbs the machine for a while disturbs all of
-them alike. A row is complete after the last round.
+them alike. A row is complete after the last round. Where a row must not wait for the others, each
+strategy is counted and timed before the next.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -90,9 +91,13 @@ def profile(
     text: Path | None = None,
     file: RowFile | None = None,
     force: bool = False,
+    in_turns: bool = True,
     tell: Tell = print_nothing,
 ) -> Iterator[dict[str, Any]]:
     """Measure the strategies; a row is in `file` before it is yielded.
+
+    With `in_turns` their timed runs alternate, and all rows come at the end, the Pareto front
+    marked; else each row comes when its strategy is done.
 
     The model is fed a `text` of the user's, else a needle in filler where it is the built-in one,
     else random tokens.
@@ -108,30 +113,43 @@ def profile(
         _entry(loaded, chosen, workload, strategies[:place], text, file, about)
         for place, chosen in enumerate(strategies)
     ]
-    try:
-        with few_objects():
-            feed = choose_feed(loaded, workload, text)
-            _count_all(loaded, entries, workload, feed, file=file, force=force, tell=tell)
-            _time_all(loaded, entries, workload, feed, file=file, tell=tell)
-    except BaseException:
-        for entry in entries:
-            if entry.row["held_bytes"] is not None:
-                row = _finished(entry, workload, entries[0])
-                if row["status"] == "ok" and len(entry.runs) < workload.repeats:
-                    row["status"] = "interrupted"
-                    row["reason"] = f"after {len(entry.runs)} of {workload.repeats} timed runs"
-                yield row
-        raise
-    rows = [_finished(entry, workload, entries[0]) for entry in entries]
-    mark_front(rows)
-    for entry, row in zip(entries, rows, strict=True):
+    feed: Feed | None = None
+    full: Tensor | None = None
+    for some in [entries] if in_turns else [[entry] for entry in entries]:
         try:
-            if file is not None and file.row(entry.point) is None:
-                file.append(row)
-        finally:
-            yield row
+            with few_objects():
+                feed = feed or choose_feed(loaded, workload, text)
+                full = _count_all(
+                    loaded, some, workload, feed, full, file=file, force=force, tell=tell
+                )
+                _time_all(loaded, some, workload, feed, file=file, tell=tell)
+        except BaseException:
+            yield from _broken_off(some, workload, entries[0])
+            raise
+        rows = [_finished(entry, workload, entries[0]) for entry in some]
+        if in_turns:
+            mark_front(rows)
+        for entry, row in zip(some, rows, strict=True):
+            try:
+                if file is not None and file.row(entry.point) is None:
+                    file.append(row)
+            finally:
+                yield row
     if file is not None:
         file.close()
+
+
+def _broken_off(
+    entries: Sequence[Entry], workload: Workload, first: Entry
+) -> Iterator[dict[str, Any]]:
+    """The rows of a run that was interrupted, as far as they got."""
+    for entry in entries:
+        if entry.row["held_bytes"] is not None:
+            row = _finished(entry, workload, first)
+            if row["status"] == "ok" and len(entry.runs) < workload.repeats:
+                row["status"] = "interrupted"
+                row["reason"] = f"after {len(entry.runs)} of {workload.repeats} timed runs"
+            yield row
 
 
 def predict(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload) -> SizeReport:
@@ -244,17 +262,19 @@ def _count_all(
     entries: Sequence[Entry],
     workload: Workload,
     feed: Feed,
+    full: Tensor | None,
     *,
     file: RowFile | None,
     force: bool,
     tell: Tell,
-) -> None:
-    """Bytes, peaks and logits of each strategy that has none yet."""
+) -> Tensor | None:
+    """Bytes, peaks and logits of each strategy that has none yet; returns the logits of the full
+    cache, as they were given or as they had to be found.
+    """
     missing = [entry for entry in entries if entry.row["held_bytes"] is None]
     if not missing:
-        return
-    full: Tensor | None = None
-    if not any(entry.chosen.name == BASELINE for entry in missing):
+        return full
+    if full is None and not any(entry.chosen.name == BASELINE for entry in missing):
         tell(f"{BASELINE}: the answers of the full cache")
         full = _full_logits(loaded, workload, feed)
     for entry in missing:
@@ -299,6 +319,7 @@ def _count_all(
             if file is not None:
                 file.append_part(entry.point, counted=fields)
         release(loaded.device)
+    return full
 
 
 def _recall_unseen(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload) -> float | None:

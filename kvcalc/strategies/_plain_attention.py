@@ -11,6 +11,7 @@ triangle, with a step of a static cache by one that reads their number on the de
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -166,10 +167,16 @@ def attention(
     )
 
 
+@cache
+def has_flash(device: torch.device) -> bool:
+    """Whether torch has flash attention for this device: CUDA with bf16 tensor cores."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether flash attention, which has no mask and needs no repeated K and V, takes these."""
     return (
-        query.is_cuda
+        has_flash(query.device)
         and query.dtype in (torch.float16, torch.bfloat16)
         and query.shape[3] == key.shape[3] == value.shape[3] <= MOST_WIDTH
     )

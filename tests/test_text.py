@@ -180,7 +180,7 @@ static
   works on  full-attention, window and latent layers and index keys; states are
             as they are
   limits    faster only where steps are compiled or replayed as a CUDA graph;
-            attention goes over the whole length, filled or not
+            without Triton attention goes over the whole length, filled or not
   source    transformers StaticCache
   claims    up to 4× faster: with torch.compile, less for larger models
             (transformers' guide to LLM inference)

@@ -7,7 +7,7 @@ its logits can be held against those of the full cache.
 import gc
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ from kvcalc.measure.graph import IN_PLACE, GraphedDecode
 from kvcalc.measure.held import LayerBytes, held_by_layer
 from kvcalc.measure.models import LoadedModel
 from kvcalc.measure.workload import Workload
-from kvcalc.strategies import ChosenStrategy
+from kvcalc.strategies import ChosenStrategy, _plain_attention
 from kvcalc.strategies._running import feed
 
 if TYPE_CHECKING:
@@ -110,17 +110,17 @@ def few_objects() -> Iterator[None]:
 
 @contextmanager
 def undisturbed(loaded: LoadedModel, chosen: ChosenStrategy) -> Iterator[Counter[str]]:
-    """No autograd, no garbage collection in the middle of a phase, and the attention that the
-    strategy's cache needs, if any.
+    """No autograd, no garbage collection in the middle of a phase, one backend of SDPA, and the
+    attention that the strategy's cache needs, or the plain one.
 
-    Yields how many calls of that attention were `fused`; it stays empty where there is none.
+    Yields the calls of that attention by what answered them; it stays empty where nobody counts.
     """
     gc.collect()
     gc.disable()
     try:
-        attending = getattr(chosen.running, "attending", None)
-        own = attending(loaded.model) if attending else nullcontext(Counter[str]())
-        with torch.inference_mode(), own as calls:
+        attending = getattr(chosen.running, "attending", _plain_attention.attending)
+        backend = _plain_attention.one_backend(loaded.device)
+        with torch.inference_mode(), backend, attending(loaded.model) as calls:
             yield calls
     finally:
         gc.enable()

@@ -201,8 +201,9 @@ class ChosenStrategy(NamedTuple):
         """The module of the running cache; it imports torch and transformers.
 
         Besides `build` it may have `attending(model)`, a context in which the model attends as the
-        cache needs it, `prefill(model, cache, prompt)`, which feeds a prompt and returns the logits
-        [batch, vocabulary] after it, and `observed(cache)`, figures of a run by name.
+        cache needs it (without it, that of `_plain_attention`), `prefill(model, cache, prompt)`,
+        which feeds a prompt and returns the logits [batch, vocabulary] after it, and
+        `observed(cache)`, figures of a run by name.
         """
         return importlib.import_module(f"{self.module}.cache")
 

@@ -21,8 +21,8 @@ ABOUT = About(
     formula="dynamic at full length, and 8 bytes for each layer",
     evicts="nothing but what falls out of the model's own windows",
     needs="the final length beforehand",
-    limits="faster only where steps are compiled or replayed as a CUDA graph; attention goes over "
-    "the whole length, filled or not",
+    limits="faster only where steps are compiled or replayed as a CUDA graph; without Triton "
+    "attention goes over the whole length, filled or not",
     headlines=(
         Headline(
             "up to 4× faster",

@@ -6,12 +6,15 @@ import pytest
 
 import kvcalc
 from kvcalc.data import profiles_folder
+from kvcalc.measure.row import ROW_SCHEMA
 
 RECORDS = [
-    json.loads(line)
+    record
     for path in sorted((profiles_folder() / "measurements").glob("*.jsonl"))
-    for line in path.read_text("utf-8").splitlines()
+    for record in map(json.loads, path.read_text("utf-8").splitlines())
+    if record["schema"] == ROW_SCHEMA and record["held_bytes"] is not None
 ]
+"""Rows that ran out of memory, and what is told of a machine and its kernels, hold nothing."""
 
 
 def spec(record):

@@ -37,6 +37,7 @@ def new_row(
         "tpot_seconds": None,
         "tokens_per_second": None,
         "decode_mode": None,
+        "attention": {},
         "busy_seconds": None,
         "energy_joules_per_token": None,
         "state": {},

@@ -29,7 +29,8 @@ SHORTEST_ENERGY_SECONDS = 0.5
 class Run(NamedTuple):
     """Seconds of one run: the prefill, and each decode step in order; `mode` is how decode steps
     were run, `state` what NVML said of the GPU while the prefill ran, `joules` what a decoded token
-    took, None where the steps were too short or nobody counts.
+    took, None where the steps were too short or nobody counts, `attention` how many calls of
+    attention each kernel answered, where they are counted.
     """
 
     prefill_seconds: float
@@ -37,6 +38,7 @@ class Run(NamedTuple):
     mode: str = "eager"
     state: Mapping[str, Any] = {}
     joules: float | None = None
+    attention: Mapping[str, int] = {}
 
 
 class Meter:
@@ -121,7 +123,7 @@ def time_once(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload, f
                 clock.wait()
         joules = meter.joules and meter.joules / (workload.batch * (len(steps) + repeats))
         mode = session.mode + ", fused attention" * bool(calls["fused"])
-    return Run(prefill, steps, mode, state, joules)
+    return Run(prefill, steps, mode, state, joules, dict(calls))
 
 
 def summed_up(runs: Sequence[Run], *, batch: int) -> dict[str, Any]:
@@ -142,6 +144,7 @@ def summed_up(runs: Sequence[Run], *, batch: int) -> dict[str, Any]:
         "tokens_per_second": batch / tpot["median"],
         "decode_mode": runs[-1].mode,
         "energy_joules_per_token": statistics.median(joules) if joules else None,
+        "attention": dict(runs[-1].attention),
         "state": dict(runs[-1].state),
         "throttled": sorted({name for run in runs for name in run.state.get("throttled", ())}),
     }

@@ -143,6 +143,8 @@ def test_a_broken_prediction_is_a_failure(capsys, monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory"), "out_of_memory", 1),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out_of_memory", 1),
         (MemoryError(), "out_of_memory", 1),
+        (RuntimeError("\"cdist\" not implemented for 'Float8_e4m3fn'"), "refused", 3),
+        (NotImplementedError("Could not run 'aten::x' from the 'CUDA' backend"), "refused", 3),
         (ValueError("something else"), "failed", 70),
     ],
 )

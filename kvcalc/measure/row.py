@@ -66,7 +66,10 @@ def went_wrong(error: Exception, row: Mapping[str, Any]) -> tuple[str, str]:
         predicted = row["predicted_bytes"]
         cache = f"the cache alone takes {predicted:,} bytes; " if predicted else ""
         return "out_of_memory", f"{cache}use a shorter --seq, a smaller --batch, or --layers N"
-    return "failed", f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+    told = " ".join(str(error).split())
+    if isinstance(error, NotImplementedError) or "not implemented for" in told:
+        return "refused", f"torch {torch.__version__} has no such operation here: {told:.200}"
+    return "failed", f"{type(error).__name__}: {told:.200}"
 
 
 def _is_out_of_memory(error: Exception) -> bool:

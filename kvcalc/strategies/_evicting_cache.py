@@ -15,22 +15,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from kvcalc.errors import UnsupportedError
 from kvcalc.strategies._evicted import check_window
+from kvcalc.strategies._plain_attention import attends_by_sdpa, in_place_of_sdpa
 from kvcalc.strategies._running import Storage, check_readers, replace_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
     from transformers.cache_utils import Cache
     from transformers.modeling_utils import PreTrainedModel
-
-NAME = "kvcalc_evicting"
-"""The attention implementation that evicting layers need."""
 
 HARMLESS = frozenset({"cache_position", "is_causal", "position_ids", "sliding_window", "use_cache"})
 """Arguments of an attention function that change nothing for a layer that sees all."""
@@ -284,8 +281,8 @@ class _Turn:
         if self._layer is not None:
             self.forget()
             msg = (
-                "this model attends past transformers' attention interface, or was not run with "
-                f"attention {NAME}: nothing says what to keep"
+                "this model attends past transformers' attention interface, or was not run in "
+                "`attending`: nothing says what to keep"
             )
             raise UnsupportedError(msg)
         self._layer = layer
@@ -354,31 +351,16 @@ def _visible_rows(layer: EvictingStorage, query: Tensor, key: Tensor) -> Tensor 
     return mask
 
 
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
 @contextmanager
 def attending(model: "PreTrainedModel") -> Iterator[Counter[str]]:
-    """Let the model attend through `attention`; what was set before is set again at the end.
+    """Let the model attend through `attention`.
 
     Yields an empty counter: no call is another kernel's. Raises UnsupportedError for a model that
     does not attend through SDPA.
     """
-    configs: dict[int, Any] = {
-        id(module.config): module.config
-        for module in model.modules()
-        if getattr(getattr(module, "config", None), "_attn_implementation", None) == "sdpa"
-    }
-    if not configs:
+    if not attends_by_sdpa(model):
         msg = "evicting needs a model that attends through sdpa"
         raise UnsupportedError(msg)
     _turn.forget()
-    try:
-        for config in configs.values():
-            # Not through the property, which would also set it in the configs inside.
-            config._attn_implementation_internal = NAME  # noqa: SLF001
+    with in_place_of_sdpa(attention):
         yield Counter()
-    finally:
-        for config in configs.values():
-            config._attn_implementation_internal = "sdpa"  # noqa: SLF001

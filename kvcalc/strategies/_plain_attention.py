@@ -305,10 +305,32 @@ def one_backend(device: torch.device) -> AbstractContextManager[Any]:
     )
 
 
+def attends_by_sdpa(model: "PreTrainedModel") -> bool:
+    """Whether any part of a model does."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return any(getattr(config, "_attn_implementation", None) == "sdpa" for config in configs)
+
+
+@contextmanager
+def in_place_of_sdpa(function: Any, mask: Any = sdpa_mask) -> Iterator[None]:  # noqa: ANN401
+    """Models that attend by `sdpa` attend by this function, with what this mask function makes;
+    what was there before is put back at the end, after an error, too.
+
+    In its place, not beside it under a name of its own: some models ask whether the name is `sdpa`,
+    and then make the mask of what an indexer has chosen (DeepSeek-V3.2), or none (Falcon).
+    """
+    before = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = function
+    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = mask
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = before
+
+
 @contextmanager
 def attending(model: "PreTrainedModel") -> Iterator[Counter[str]]:
-    """Put `attention` in the place of `sdpa` for a model on CUDA; what was there before is put back
-    at the end, after an error, too.
+    """Put `attention` in the place of `sdpa` for a model on CUDA.
 
     Yields the calls so far by what answered them: `fused`, `flash` or another kernel of `sdpa`. It
     stays empty where nothing is replaced.
@@ -317,12 +339,5 @@ def attending(model: "PreTrainedModel") -> Iterator[Counter[str]]:
     if not applies(model.device):
         yield _calls
         return
-    # In its place, not beside it: some models ask whether the name is `sdpa`, and then make the
-    # mask of what an indexer has chosen (DeepSeek-V3.2), or none (Falcon).
-    before = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = attention
-    ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = causal_mask
-    try:
+    with in_place_of_sdpa(attention, causal_mask):
         yield _calls
-    finally:
-        ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = before

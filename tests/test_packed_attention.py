@@ -8,12 +8,14 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
+from packaging.version import Version
 from tiny import build, tiny_config
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -31,14 +33,15 @@ from kvcalc.strategies._packed_cache import Packed, packed_cache
 LENGTHS = {
     # group: (packed groups, tail tokens); a split has 256 tokens at least.
     32: [(1, 0), (0, 1), (0, 300), (7, 3), (8, 130), (9, 1), (17, 256)],
-    4: [(1, 1), (65, 5)],
+    16: [(1, 1), (33, 5)],
     64: [(5, 64)],
 }
 
 POINTS = [
     *product([1], [4], [64], [32], LENGTHS[32]),
     *product([2], [1, 8], [128], [32], [(9, 130)]),
-    *product([2], [3], [(96, 64), (12, 20)], [4], LENGTHS[4]),
+    *product([2], [3], [(96, 64)], [16], LENGTHS[16]),
+    *product([1], [12], [(20, 48)], [16], LENGTHS[16]),
     *product([1], [5], [128], [64], LENGTHS[64]),
     *product([1], [2], [(24, 96)], [32], [(3, 2)]),
 ]
@@ -69,9 +72,16 @@ def example(batch, queries, widths, group, tokens, *, bits, dtype=torch.float32,
     )
 
 
+def dense(tokens):
+    """Tokens dequantised in fp32, whatever the dtype of scales and minima."""
+    levels, scales, minima = tokens.packed
+    packed = Packed(levels, scales.float(), minima.float())
+    return packed_attention.dequantised(packed, tokens.tail.float(), tokens.bits)
+
+
 def reference(query, key, value, *, scaling):
     """The same in plain PyTorch, computed in fp32: [batch, 1, heads, width]."""
-    keys, values = key.dense().float(), value.dense().float()
+    keys, values = dense(key), dense(value)
     grouped = query.float().unflatten(1, (keys.shape[1], -1)).squeeze(3)
     output = scaled_dot_product_attention(grouped, keys, values, scale=scaling)
     return output.flatten(1, 2).unsqueeze(1)
@@ -93,6 +103,9 @@ def errors():
     """What this file prints under the interpreter."""
     if find_spec("triton") is None:
         pytest.skip("triton is not installed, the kernels are not interpreted")
+    triton, numpy = (Version(version(name)) for name in ("triton", "numpy"))
+    if triton < Version("3.7") and numpy >= Version("2.4"):  # triton-lang/triton#9171
+        pytest.skip(f"Triton {triton} cannot interpret with NumPy {numpy}; NumPy < 2.4 can")
     root = Path(__file__).parent.parent
     paths = f"{root}{os.pathsep}{root / 'tests'}"
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths}
@@ -117,9 +130,7 @@ def test_a_model_decodes_by_the_kernels(errors):
 
 
 def test_kernels_round_like_the_dtype(errors):
-    """In fp16 the error is that of rounding keys, values, weights and outputs of 1 to 2: some
-    halves of an ulp.
-    """
+    """In fp16 the error is that of rounding weights and outputs of up to 4: some half ulps of 1."""
     assert max(errors["fp16"]) < 4 * 2**-11
 
 
@@ -144,7 +155,7 @@ def decode(model, *, bits=4, steps=3, mask=None, mode=torch.inference_mode):
     two tokens.
     """
     tokens = torch.randint(1, 64, (2, 42 + steps), generator=torch.Generator().manual_seed(2))
-    cache = packed_cache(model.config, bits=bits, parameters={"group": 8, "residual": 8})
+    cache = packed_cache(model.config, bits=bits, parameters={"group": 16, "residual": 8})
     chunks = tokens.split([40] + [1] * steps + [2], dim=1)
     with mode():
         outputs = [model(input_ids=chunks[0], past_key_values=cache)]
@@ -207,11 +218,8 @@ SHARED = {
         ("qwen3_next", {}, 1),  # every fourth layer attends, the others keep states
         ("gemma2", {}, 0),  # softcapping: it attends in its own way
         ("gpt_oss", {}, 0),  # sinks: likewise
-        (
-            "deepseek_v3",
-            {},
-            0,
-        ),  # what is kept are latents, projected up before they are attended to
+        # What is kept are latents, projected up before they are attended to.
+        ("deepseek_v3", {"qk_rope_head_dim": 16}, 0),
     ],
 )
 def test_other_models_decode_the_same(on_cpu, model_type, overrides, layers):
@@ -267,15 +275,15 @@ class Module(torch.nn.Module):
         ({"scaling": 0.5}, True),
         ({"position_ids": torch.zeros(1), "use_cache": True, "sliding_window": None}, True),
         ({"dropout": 1e-9}, False),
-        ({"attention_mask": torch.ones(2, 1, 1, 13, dtype=torch.bool)}, False),
+        ({"attention_mask": torch.ones(2, 1, 1, 37, dtype=torch.bool)}, False),
         ({"sliding_window": 100}, False),
-        ({"position_bias": torch.zeros(2, 4, 1, 13)}, False),
+        ({"position_bias": torch.zeros(2, 4, 1, 37)}, False),
         ({"never_heard_of": 1}, False),
     ],
 )
 def test_what_is_more_than_plain_attention_is_left_to_sdpa(on_cpu, arguments, fused):
     """Both ways give the same; an argument that nobody here knows is not ignored."""
-    query, key, value = example(2, 2, 16, 4, (2, 5), bits=4)
+    query, key, value = example(2, 2, 16, 16, (2, 5), bits=4)
     packed_attention._calls.clear()
     mask = {"attention_mask": None} | arguments
     found, _ = attention(Module(), query, key, value, **mask)
@@ -286,7 +294,7 @@ def test_what_is_more_than_plain_attention_is_left_to_sdpa(on_cpu, arguments, fu
 
 def test_softcapping_and_sinks_reach_the_function_that_was_asked(on_cpu):
     """`sdpa` refuses softcapping in its own words, as without us."""
-    query, key, value = example(1, 2, 16, 4, (2, 5), bits=4)
+    query, key, value = example(1, 2, 16, 16, (2, 5), bits=4)
     with pytest.raises(ValueError, match="softcap"):
         attention(Module(), query, key, value, None, softcap=30.0)
     packed_attention._calls.clear()
@@ -298,12 +306,14 @@ def test_softcapping_and_sinks_reach_the_function_that_was_asked(on_cpu):
     ("queries", "widths", "group", "why"),
     [
         (2, 24, 24, "a group of 24 tokens"),
+        (2, 24, 8, "a group of 8 tokens"),
+        (2, (18, 16), 16, "18 channels of K"),
         (2, 512, 32, "512 channels"),
         (2, (16, 512), 32, "512 channels of V"),
     ],
 )
 def test_shapes_that_do_not_fit_are_left_to_sdpa(queries, widths, group, why):
-    """The kernels take groups of a power of two, and heads of up to 256 channels."""
+    """The kernels take groups of 16, 32, 64 tokens, and heads of up to 256 channels in fours."""
     assert not fits(*example(1, queries, widths, group, (1, 1), bits=4)), why
 
 
@@ -339,7 +349,9 @@ def main():
     """Print the errors as JSON."""
     found = {bits: [error_of(point, bits=bits) for point in POINTS] for bits in (8, 4, 2)}
     # NumPy, which the interpreter computes with, has no bf16.
-    found["fp16"] = [error_of(point, bits=4, dtype=torch.float16) for point in POINTS]
+    found["fp16"] = [
+        error_of(point, bits=bits, dtype=torch.float16) for bits in (8, 4, 2) for point in POINTS
+    ]
     model = llama()
     expected = decode(model)
     packed_attention.fused_available = lambda device: True

@@ -7,7 +7,7 @@ and transformers' `sdpa` runs, as without this file.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from kvcalc.units import ceil_div
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -36,12 +38,27 @@ MOST_WIDTH = 256
 """Channels of a head up to which a block of the kernel fits into registers."""
 
 SMALLEST_DOT = 16
-"""Rows that a Triton dot product must have; fewer queries are padded."""
+"""Tokens, and channels of a value's part, that a Triton dot product must have."""
 
-FEWEST_TOKENS_PER_SPLIT, MOST_PROGRAMS = 256, 1024
-"""Splits are as short as gives this many programs over all heads: some 8 for each multiprocessor
-of an H100 or A100.
+QUERY_COLUMNS = 8
+"""Columns of the smallest tensor core product; fewer queries of a KV head are padded."""
+
+BLOCK_TOKENS = 32
+"""Tokens a program takes at a time, at most: one group of the usual size."""
+
+WARP_ELEMENTS = 1024
+"""Elements of the output, queries × channels of V, for which a warp has registers."""
+
+STAGES = 2
+"""Blocks in flight, one computed and one loaded; there are some 8 programs on a multiprocessor."""
+
+FEWEST_TOKENS_PER_SPLIT, MOST_PROGRAMS = 64, 1024
+"""Splits are as short as gives this many programs over all heads, 8 for each of the 132
+multiprocessors of an H100 or H200: as many as run at the same time.
 """
+
+COMBINED_SPLITS, COMBINED_CHANNELS = 128, 32
+"""What a program that combines splits reads at a time, of one query."""
 
 
 class PackedTokens(Tensor):
@@ -178,8 +195,8 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def fits(query: Tensor, key: PackedTokens, value: PackedTokens) -> bool:
-    """Whether `attend` takes these shapes: one token, whole groups of heads, a group of tokens that
-    is a power of two, and heads that are not too wide.
+    """Whether `attend` takes these shapes: one token, whole groups of heads, a group of 16 tokens,
+    32, 64 and so on, and heads that are not too wide, of whole words.
     """
     group = group_tokens(key.packed, key.bits)
     return (
@@ -187,7 +204,9 @@ def fits(query: Tensor, key: PackedTokens, value: PackedTokens) -> bool:
         and query.shape[1] % key.shape[1] == 0
         and key.shape[:3] == value.shape[:3]
         and query.dtype == key.dtype
+        and group >= SMALLEST_DOT
         and group & (group - 1) == 0
+        and key.shape[3] % 4 == 0
         and 0 < key.shape[3] <= MOST_WIDTH
         and 0 < value.shape[3] <= MOST_WIDTH
     )
@@ -206,20 +225,65 @@ class Splits(NamedTuple):
 
 def split_tokens(*, tail: int, groups: int, group: int, heads: int) -> Splits:
     """Splits of `tail` tokens and `groups` groups of `group` tokens, for `heads` KV heads in all
-    sequences together.
+    sequences together: MOST_PROGRAMS and one more for each head at most, or one or two a head.
     """
-    wanted = max(FEWEST_TOKENS_PER_SPLIT, (tail + groups * group) * heads // MOST_PROGRAMS)
-    groups_per_split = max(wanted // group, 1)
-    return Splits(-(-tail // wanted), wanted, -(-groups // groups_per_split), groups_per_split)
+    per_head = max(MOST_PROGRAMS // heads, 1)
+    wanted = max(FEWEST_TOKENS_PER_SPLIT, ceil_div(tail + groups * group, per_head))
+    groups_per_split = ceil_div(wanted, group)
+    return Splits(
+        ceil_div(tail, wanted), wanted, ceil_div(groups, groups_per_split), groups_per_split
+    )
 
 
-def attend(query: Tensor, key: PackedTokens, value: PackedTokens, *, scaling: float) -> Tensor:
+def constants(
+    *, bits: int, group: int, queries: int, key_dim: int, value_dim: int, element_bytes: int
+) -> dict[str, int]:
+    """What the kernel `attend_splits` is compiled for, and with how many warps and stages.
+
+    A decode step must read 160 bytes for a token of a KV head with 4 bits, width 128, group 32 and
+    bf16. An H200 copies 4.3 TB/s, 16.5 bytes a cycle and multiprocessor at 1.98 GHz, and issues 4
+    instructions of a warp in that cycle: 39 for each token, before they take longer than the bytes.
+    One warp for a whole block needs some 35, two exchange what they share and need 45 (see
+    benchmarks/kernels.py). fp32, which has no such tensor cores, needs more warps for registers.
+    """
+    padded_queries = max(next_power_of_2(queries), QUERY_COLUMNS)
+    padded_parts = next_power_of_2(value_dim // group)
+    padded_key_dim = max(next_power_of_2(key_dim), SMALLEST_DOT)
+    elements = padded_queries * max(padded_key_dim, padded_parts * group)
+    warps = max(elements // WARP_ELEMENTS, 1) * (1 if element_bytes == 2 else 4)
+    return {
+        "BITS": bits,
+        "GROUP": group,
+        "QUERIES": queries,
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "PADDED_QUERIES": padded_queries,
+        "PADDED_KEY_DIM": padded_key_dim,
+        "PADDED_PARTS": padded_parts,
+        "BLOCK": min(group, BLOCK_TOKENS if element_bytes == 2 else SMALLEST_DOT),
+        "num_warps": min(warps, 8),
+        "num_stages": STAGES,
+    }
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below a number > 0."""
+    return 1 << (number - 1).bit_length()
+
+
+def attend(
+    query: Tensor,
+    key: PackedTokens,
+    value: PackedTokens,
+    *,
+    scaling: float,
+    settings: Mapping[str, int] | None = None,
+) -> Tensor:
     """Attention of one token of each sequence, query [batch, heads, 1, width], by the kernels.
 
-    Returns [batch, 1, heads, width of V]. There must be a token, packed or not.
+    Returns [batch, 1, heads, width of V]. There must be a token, packed or not. A benchmark changes
+    some of the kernel's `constants` by `settings`: BLOCK, num_warps, num_stages.
     """
-    from triton import next_power_of_2
-
     from kvcalc.strategies import _packed_kernels as kernels
 
     batch, num_heads = query.shape[:2]
@@ -233,15 +297,19 @@ def attend(query: Tensor, key: PackedTokens, value: PackedTokens, *, scaling: fl
     partial = torch.empty((*shape, value_dim), dtype=torch.float32, device=query.device)
     logsumexp = torch.empty(shape, dtype=torch.float32, device=query.device)
     result = torch.empty((batch, 1, num_heads, value_dim), dtype=query.dtype, device=query.device)
-    padded_parts = next_power_of_2(value_dim // group)
-    # What fits into registers; compiled for sm_80 and sm_90 with Triton 3.9, twice as much spills.
-    small = max(key_dim, value_dim) <= 128 and query.element_size() == 2
-    block_tokens = 32 if small else 16
+    compiled_for = constants(
+        bits=bits,
+        group=group,
+        queries=queries,
+        key_dim=key_dim,
+        value_dim=value_dim,
+        element_bytes=query.element_size(),
+    )
     with torch.cuda.device_of(query):
         kernels.attend_splits[heads, num_splits](
             query.contiguous(),
-            *(part.contiguous() for part in key.packed),
-            *(part.contiguous() for part in value.packed),
+            *_contiguous(key.packed),
+            *_contiguous(value.packed),
             key.tail.contiguous(),
             value.tail.contiguous(),
             partial,
@@ -252,25 +320,23 @@ def attend(query: Tensor, key: PackedTokens, value: PackedTokens, *, scaling: fl
             splits.tail,
             splits.groups,
             splits.tail_tokens,
-            BITS=bits,
-            GROUP=group,
-            QUERIES=queries,
-            KEY_DIM=key_dim,
-            VALUE_DIM=value_dim,
-            PADDED_QUERIES=max(next_power_of_2(queries), SMALLEST_DOT),
-            PADDED_KEY_DIM=max(next_power_of_2(key_dim), SMALLEST_DOT),
-            PADDED_PARTS=max(padded_parts, SMALLEST_DOT // group),
-            BLOCK_GROUPS=max(block_tokens * 8 // (group * bits), 1),
-            BLOCK_TOKENS=block_tokens,
+            0x10001 * (2**bits - 1),
+            **compiled_for | dict(settings or {}),
         )
-        kernels.combine_splits[heads, queries](
+        kernels.combine_splits[heads, queries, ceil_div(value_dim, COMBINED_CHANNELS)](
             partial,
             logsumexp,
             result,
             num_splits,
             QUERIES=queries,
             VALUE_DIM=value_dim,
-            PADDED_VALUE_DIM=next_power_of_2(value_dim),
-            BLOCK_SPLITS=16,
+            BLOCK_DIM=COMBINED_CHANNELS,
+            BLOCK_SPLITS=COMBINED_SPLITS,
         )
     return result
+
+
+def _contiguous(packed: "Packed") -> tuple[Tensor, Tensor, Tensor]:
+    """Levels, four to eight in an int32, scales and minima."""
+    levels = packed.levels.contiguous().view(torch.int32)
+    return levels, packed.scales.contiguous(), packed.minima.contiguous()

@@ -24,6 +24,7 @@ from kvcalc.strategies._packed_attention import (
     PackedTokens,
     attend,
     attention,
+    constants,
     fits,
     split_tokens,
     use_fused,
@@ -132,6 +133,26 @@ def test_a_model_decodes_by_the_kernels(errors):
 def test_kernels_round_like_the_dtype(errors):
     """In fp16 the error is that of rounding weights and outputs of up to 4: some half ulps of 1."""
     assert max(errors["fp16"]) < 4 * 2**-11
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("width", [128, 64])
+def test_a_compiled_kernel_keeps_up_with_the_memory(monkeypatch, width, bits):
+    """For a usual model in bf16 on an H200 it stays in registers; with 8 and 4 bits of width 128 it
+    has no more instructions, to a tenth, than are issued while the bytes are read.
+    """
+    pytest.importorskip("triton", reason="triton is not installed, nothing is compiled")
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    import compiled_kernels
+
+    settings = constants(
+        bits=bits, group=32, queries=4, key_dim=width, value_dim=width, element_bytes=2
+    )
+    made = compiled_kernels.compiled(compiled_kernels.kernels.attend_splits, settings)
+    assert made.spilled_bytes == 0
+    issued = made.loop * settings["num_warps"] / settings["BLOCK"]
+    if width == 128 and bits > 2:
+        assert issued < 1.1 * compiled_kernels.issued_while_read(bits, width)
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
@@ -335,7 +356,7 @@ def test_packed_tokens_are_tensors():
 def test_every_token_is_in_one_split():
     """For any tail, groups and heads, and no split is empty."""
     for tail, groups, group, heads in product(
-        (0, 1, 255, 9_999), (0, 1, 9, 4092), (4, 32), (1, 99)
+        (0, 1, 255, 9_999), (0, 1, 9, 4092), (16, 32), (1, 8, 99)
     ):
         splits = split_tokens(tail=tail, groups=groups, group=group, heads=heads)
         for total, size, count in (
@@ -343,6 +364,9 @@ def test_every_token_is_in_one_split():
             (groups, splits.groups, splits.packed),
         ):
             assert (count - 1) * size < total <= count * size or total == count == 0
+        per_head = splits.tail + splits.packed
+        most = packed_attention.MOST_PROGRAMS
+        assert heads * per_head <= most + heads
 
 
 def main():

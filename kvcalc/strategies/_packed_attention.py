@@ -57,7 +57,7 @@ FEWEST_TOKENS_PER_SPLIT, MOST_PROGRAMS = 64, 1024
 multiprocessors of an H100 or H200: as many as run at the same time.
 """
 
-COMBINED_SPLITS, COMBINED_CHANNELS = 128, 32
+COMBINED_SPLITS, COMBINED_CHANNELS = 256, 32
 """What a program that combines splits reads at a time, of one query."""
 
 
@@ -243,8 +243,10 @@ def constants(
     A decode step must read 160 bytes for a token of a KV head with 4 bits, width 128, group 32 and
     bf16. An H200 copies 4.3 TB/s, 16.5 bytes a cycle and multiprocessor at 1.98 GHz, and issues 4
     instructions of a warp in that cycle: 39 for each token, before they take longer than the bytes.
-    One warp for a whole block needs some 35, two exchange what they share and need 45 (see
-    benchmarks/kernels.py). fp32, which has no such tensor cores, needs more warps for registers.
+    One warp for a whole block of 32 tokens needs 38. Two need 51, for they exchange what they
+    share, four 87 (benchmarks/compiled_kernels.py). 8 bits need 60 and may take 70; 2 bits 37 of
+    23, so they are bound by the instructions. A warp has registers for WARP_ELEMENTS of the output
+    beside its block; fp32, without tensor cores for it, needs four times the warps.
     """
     padded_queries = max(next_power_of_2(queries), QUERY_COLUMNS)
     padded_parts = next_power_of_2(value_dim // group)
@@ -263,6 +265,7 @@ def constants(
         "BLOCK": min(group, BLOCK_TOKENS if element_bytes == 2 else SMALLEST_DOT),
         "num_warps": min(warps, 8),
         "num_stages": STAGES,
+        "enable_fp_fusion": True,
     }
 
 
@@ -332,6 +335,7 @@ def attend(
             VALUE_DIM=value_dim,
             BLOCK_DIM=COMBINED_CHANNELS,
             BLOCK_SPLITS=COMBINED_SPLITS,
+            enable_fp_fusion=True,
         )
     return result
 

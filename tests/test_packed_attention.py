@@ -18,14 +18,18 @@ import torch
 from packaging.version import Version
 from tiny import build, tiny_config
 from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcalc.strategies import _packed_attention as packed_attention
+from kvcalc.strategies import _plain_attention as plain_attention
 from kvcalc.strategies._packed_attention import (
     PackedTokens,
     attend,
     attention,
     constants,
     fits,
+    is_active,
     split_tokens,
     use_fused,
 )
@@ -241,13 +245,15 @@ SHARED = {
         ("gpt_oss", {}, 0),  # sinks: likewise
         # What is kept are latents, projected up before they are attended to.
         ("deepseek_v3", {"qk_rope_head_dim": 16}, 0),
+        # An indexer chooses tokens, by a mask that is made for `sdpa` alone.
+        ("deepseek_v32", {"qk_rope_head_dim": 16, "index_topk": 6}, 0),
     ],
 )
 def test_other_models_decode_the_same(on_cpu, model_type, overrides, layers):
     """Where the fused way does not cover an attention the tokens come dequantised, whoever reads
     them.
     """
-    width = {} if model_type == "deepseek_v3" else {"head_dim": 16}
+    width = {} if "deepseek" in model_type else {"head_dim": 16}
     model = build(tiny_config(model_type, num_hidden_layers=6, **width, **overrides))
     expected = decode(model)
     with use_fused(model) as calls:
@@ -260,16 +266,17 @@ def test_the_implementation_is_restored(on_cpu):
     """After an error, too; and a model that attends in another way keeps it."""
     model = llama()
     with use_fused(model):
-        assert model.config._attn_implementation == packed_attention.NAME
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is attention
+        assert is_active()
     with pytest.raises(IndexError), use_fused(model):
         model(input_ids=torch.tensor([[10_000]]))
-    assert model.config._attn_implementation == "sdpa"
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    assert not is_active()
     model.set_attn_implementation("eager")
     with use_fused(model) as calls:
-        assert model.config._attn_implementation == "eager"
+        assert not is_active()
         decode(model)
     assert not calls
-    assert model.config._attn_implementation == "eager"
 
 
 def test_without_cuda_nothing_is_switched():
@@ -277,7 +284,8 @@ def test_without_cuda_nothing_is_switched():
     model = llama()
     assert not packed_attention.fused_available(torch.device("cpu"))
     with use_fused(model) as calls:
-        assert model.config._attn_implementation == "sdpa"
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+        assert not is_active()
         decode(model)
     assert not calls
 
@@ -305,10 +313,10 @@ class Module(torch.nn.Module):
 def test_what_is_more_than_plain_attention_is_left_to_sdpa(on_cpu, arguments, fused):
     """Both ways give the same; an argument that nobody here knows is not ignored."""
     query, key, value = example(2, 2, 16, 16, (2, 5), bits=4)
-    packed_attention._calls.clear()
+    plain_attention.calls.clear()
     mask = {"attention_mask": None} | arguments
     found, _ = attention(Module(), query, key, value, **mask)
-    assert packed_attention._calls == {"fused" if fused else "sdpa": 1}
+    assert plain_attention.calls == {"fused" if fused else "sdpa": 1}
     scaling = arguments.get("scaling", 16**-0.5)
     assert torch.allclose(found, reference(query, key, value, scaling=scaling), atol=1e-5)
 
@@ -318,9 +326,9 @@ def test_softcapping_and_sinks_reach_the_function_that_was_asked(on_cpu):
     query, key, value = example(1, 2, 16, 16, (2, 5), bits=4)
     with pytest.raises(ValueError, match="softcap"):
         attention(Module(), query, key, value, None, softcap=30.0)
-    packed_attention._calls.clear()
+    plain_attention.calls.clear()
     attention(Module(), query, key, value, None, s_aux=torch.zeros(4))
-    assert packed_attention._calls == {"sdpa": 1}
+    assert plain_attention.calls == {"sdpa": 1}
 
 
 @pytest.mark.parametrize(

@@ -3,42 +3,36 @@
 On CUDA with Triton a decode step reads the packed levels, scales and minima themselves, a quarter
 of what a full cache reads at 4 bits (split-KV attention, see `_packed_kernels`). Anywhere else, and
 for any attention that is more than softmax(q·k)·v over all tokens, the same tensors are dequantised
-and transformers' `sdpa` runs, as without this file.
+and the plain attention runs, as without this file.
 """
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from kvcalc.strategies import _plain_attention
+from kvcalc.strategies._plain_attention import (
+    MOST_WIDTH,
+    SMALLEST_DOT,
+    attends_by_sdpa,
+    causal_mask,
+    fused_available,
+    in_place_of_sdpa,
+)
 from kvcalc.units import ceil_div
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
     from transformers.modeling_utils import PreTrainedModel
 
     from kvcalc.strategies._packed_cache import Packed
 
-NAME = "kvcalc_packed"
-"""The attention implementation under which a packed cache hands out PackedTokens."""
-
 CHANGES_NOTHING = frozenset({"cache_position", "is_causal", "position_ids", "use_cache"})
 """Arguments of an attention function that say nothing to one token which sees all others."""
-
-MOST_WIDTH = 256
-"""Channels of a head up to which a block of the kernel fits into registers."""
-
-SMALLEST_DOT = 16
-"""Tokens, and channels of a value's part, that a Triton dot product must have."""
 
 QUERY_COLUMNS = 8
 """Columns of the smallest tensor core product; fewer queries of a KV head are padded."""
@@ -112,44 +106,32 @@ def group_tokens(packed: "Packed", bits: int) -> int:
     return packed.levels.shape[3] * 8 // bits
 
 
-@cache
-def fused_available(device: torch.device) -> bool:
-    """Whether the kernel can run there: CUDA with bf16 tensor cores, and Triton installed."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def is_active(config: "PreTrainedConfig | None") -> bool:
-    """Whether a model of this config attends through `attention` now."""
-    return config is not None and config._attn_implementation == NAME  # noqa: SLF001
+def is_active() -> bool:
+    """Whether models attend through `attention` now."""
+    return _active
 
 
 @contextmanager
 def use_fused(model: "PreTrainedModel") -> Iterator[Counter[str]]:
-    """Let the model attend through `attention` where it used `sdpa` and the kernel can run.
+    """Let the model attend through `attention` where it used `sdpa` and the kernel can run, else as
+    without a packed cache.
 
-    Yields the calls so far by what answered them, `fused` or `sdpa`; it stays empty where nothing
-    is switched. What was set before is set again at the end, after an error, too.
+    Yields the calls so far by what answered them; it stays empty where nothing is replaced.
     """
-    configs: dict[int, Any] = {
-        id(module.config): module.config
-        for module in model.modules()
-        if getattr(getattr(module, "config", None), "_attn_implementation", None) == "sdpa"
-    }
-    switched = list(configs.values()) if fused_available(model.device) else []
-    _calls.clear()
-    try:
-        for config in switched:
-            # Not through the property, which would also set it in the configs inside.
-            config._attn_implementation_internal = NAME  # noqa: SLF001
-        yield _calls
-    finally:
-        for config in switched:
-            config._attn_implementation_internal = "sdpa"  # noqa: SLF001
+    global _active  # noqa: PLW0603 - as are the functions that models look up
+    with _plain_attention.attending(model) as calls:
+        if not (fused_available(model.device) and attends_by_sdpa(model)):
+            yield calls
+            return
+        with in_place_of_sdpa(attention, causal_mask):
+            _active = True
+            try:
+                yield calls
+            finally:
+                _active = False
 
 
-_calls: Counter[str] = Counter()
+_active = False
 
 
 def attention(
@@ -165,7 +147,7 @@ def attention(
     """An attention function of transformers: query [batch, heads, tokens, width] to an output
     [batch, tokens, heads, width].
 
-    Fused for one token, PackedTokens and plain attention to all of them; else `sdpa`, unchanged.
+    Fused for one token, PackedTokens and plain attention to all of them; else the plain attention.
     """
     unusual = any(
         argument is not None and argument is not False
@@ -180,18 +162,13 @@ def attention(
         and not unusual
         and fits(query, key, value)
     ):
-        _calls["fused"] += 1
+        _plain_attention.calls["fused"] += 1
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend(query, key, value, scaling=scale), None
-    _calls["sdpa"] += 1
     key, value = (one.dense() if isinstance(one, PackedTokens) else one for one in (key, value))
-    return sdpa_attention_forward(
+    return _plain_attention.attention(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
-
-
-AttentionInterface.register(NAME, attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def fits(query: Tensor, key: PackedTokens, value: PackedTokens) -> bool:

@@ -93,8 +93,6 @@ class PackedStorage(Storage):
     packed: range
     packed_keys: Packed
     packed_values: Packed
-    decoder_config: "PreTrainedConfig | None" = None
-    """It says how the model attends."""
 
     def start(self, keys: Tensor, values: Tensor) -> None:
         """An empty tail and no packed group, on the device and in the dtype of the states."""
@@ -112,7 +110,7 @@ class PackedStorage(Storage):
         keys, values = torch.cat([self.keys, keys], dim=2), torch.cat([self.values, values], dim=2)
         all_keys, all_values = keys, values
         if self.packed:
-            fused = new == 1 and self.window is None and is_active(self.decoder_config)
+            fused = new == 1 and self.window is None and is_active()
             joined = PackedTokens if fused else dequantised
             all_keys = joined(self.packed_keys, keys, self.bits)
             all_values = joined(self.packed_values, values, self.bits)
@@ -170,16 +168,8 @@ def quantised_cache(
     return cache
 
 
-def packed_settings(
-    config: "PreTrainedConfig", *, bits: int, parameters: Mapping[str, int]
-) -> dict[str, object]:
-    """The attributes of a PackedStorage; `parameters` are group and residual."""
-    return {"bits": bits, "decoder_config": config.get_text_config(decoder=True), **parameters}
-
-
 def packed_cache(
     config: "PreTrainedConfig", *, bits: int, parameters: Mapping[str, int]
 ) -> "Cache":
     """An empty cache with `bits` bits a value; `parameters` are group and residual."""
-    settings = packed_settings(config, bits=bits, parameters=parameters)
-    return quantised_cache(config, PackedStorage, **settings)
+    return quantised_cache(config, PackedStorage, bits=bits, **parameters)

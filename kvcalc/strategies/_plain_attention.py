@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -28,13 +29,17 @@ from transformers.masking_utils import (
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from kvcalc.strategies._packed_attention import MOST_WIDTH, SMALLEST_DOT, fused_available
-
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
 
 HARMLESS = frozenset({"cache_position", "is_causal", "position_ids", "sliding_window", "use_cache"})
 """Arguments of an attention function that `sdpa` does not look at beside a mask."""
+
+MOST_WIDTH = 256
+"""Channels of a head up to which a block of a kernel fits into registers."""
+
+SMALLEST_DOT = 16
+"""Rows and channels that a Triton dot product must have."""
 
 FEWEST_TOKENS_PER_SPLIT, MOST_PROGRAMS, SPLIT_MULTIPLE = 128, 1024, 64
 """Splits are as short as gives this many programs over all heads, some 8 for each multiprocessor of
@@ -126,7 +131,7 @@ def causal_mask(
     return mask
 
 
-_calls: Counter[str] = Counter()
+calls: Counter[str] = Counter()
 
 
 def attention(
@@ -156,15 +161,21 @@ def attention(
                 keys, values = key[:, :, :visible], value[:, :, :visible]
                 return attend_lower_right(query, keys, values, scaling=scaling), None
             if fused_available(query.device) and fits(query, key, value):
-                _calls["fused"] += 1
+                calls["fused"] += 1
                 scale = query.shape[-1] ** -0.5 if scaling is None else scaling
                 return attend(query, key, value, visible, scaling=scale), None
         attention_mask = attention_mask.made()
     flash = attention_mask is None and flash_takes(query, key, value)
-    _calls["flash" if flash else "sdpa"] += 1
+    calls["flash" if flash else "sdpa"] += 1
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )
+
+
+@cache
+def fused_available(device: torch.device) -> bool:
+    """Whether kernels of ours can run there: CUDA with bf16 tensor cores, and Triton installed."""
+    return has_flash(device) and find_spec("triton") is not None
 
 
 @cache
@@ -191,7 +202,7 @@ def attend_lower_right(
     The mask is made on CPUs only, and for shapes that neither flash nor efficient attention takes.
     """
     flash = flash_takes(query, key, value)
-    _calls["flash" if flash else "sdpa"] += 1
+    calls["flash" if flash else "sdpa"] += 1
     if not flash:
         groups = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
@@ -335,9 +346,9 @@ def attending(model: "PreTrainedModel") -> Iterator[Counter[str]]:
     Yields the calls so far by what answered them: `fused`, `flash` or another kernel of `sdpa`. It
     stays empty where nothing is replaced.
     """
-    _calls.clear()
+    calls.clear()
     if not applies(model.device):
-        yield _calls
+        yield calls
         return
     with in_place_of_sdpa(attention, causal_mask):
-        yield _calls
+        yield calls

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from kvcalc.strategies._packed_attention import use_fused
-from kvcalc.strategies._packed_cache import PackedStorage, packed_cache, packed_settings
+from kvcalc.strategies._packed_cache import PackedStorage, packed_cache
 from kvcalc.strategies._running import Storage
 from kvcalc.strategies.int8 import BITS
 
@@ -21,7 +21,8 @@ def storage(
     config: "PreTrainedConfig", parameters: Mapping[str, int]
 ) -> tuple[type[Storage], dict[str, object]]:
     """What keeps the rows of a layer, and its attributes."""
-    return PackedStorage, packed_settings(config, bits=BITS, parameters=parameters)
+    del config
+    return PackedStorage, {"bits": BITS, **parameters}
 
 
 def build(

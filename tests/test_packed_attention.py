@@ -163,7 +163,7 @@ def test_a_compiled_kernel_keeps_up_with_the_memory(monkeypatch, width, bits):
 def test_kernels_attend_on_a_gpu(bits):
     """Compiled they give the same, and bf16 rounds by its 8 bits."""
     device = torch.device("cuda")
-    if not torch.cuda.is_available() or not packed_attention.fused_available(device):
+    if not torch.cuda.is_available() or not plain_attention.fused_available(device):
         pytest.skip("no GPU with Triton here, the kernels are not compiled")
     for point in POINTS:
         assert error_of(point, bits=bits, device=device) < 1e-4
@@ -198,7 +198,7 @@ def decode(model, *, bits=4, steps=3, mask=None, mode=torch.inference_mode):
 @pytest.fixture
 def on_cpu(monkeypatch):
     """The fused way, open on a CPU: the reference in place of the kernels."""
-    monkeypatch.setattr(packed_attention, "fused_available", lambda device: True)
+    monkeypatch.setattr(plain_attention, "fused_available", lambda device: True)
     monkeypatch.setattr(packed_attention, "attend", reference)
 
 
@@ -282,7 +282,7 @@ def test_the_implementation_is_restored(on_cpu):
 def test_without_cuda_nothing_is_switched():
     """On a CPU a model attends as before."""
     model = llama()
-    assert not packed_attention.fused_available(torch.device("cpu"))
+    assert not plain_attention.fused_available(torch.device("cpu"))
     with use_fused(model) as calls:
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
         assert not is_active()
@@ -386,7 +386,7 @@ def main():
     ]
     model = llama()
     expected = decode(model)
-    packed_attention.fused_available = lambda device: True
+    plain_attention.fused_available = lambda device: True
     with use_fused(model) as calls:
         found["logits"] = (decode(model) - expected).abs().max().item()
     assert calls["fused"]

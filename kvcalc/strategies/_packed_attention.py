@@ -21,7 +21,6 @@ from kvcalc.strategies._plain_attention import (
     SMALLEST_DOT,
     attends_by_sdpa,
     causal_mask,
-    fused_available,
     in_place_of_sdpa,
 )
 from kvcalc.units import ceil_div
@@ -120,7 +119,7 @@ def use_fused(model: "PreTrainedModel") -> Iterator[Counter[str]]:
     """
     global _active  # noqa: PLW0603 - as are the functions that models look up
     with _plain_attention.attending(model) as calls:
-        if not (fused_available(model.device) and attends_by_sdpa(model)):
+        if not (_plain_attention.fused_available(model.device) and attends_by_sdpa(model)):
             yield calls
             return
         with in_place_of_sdpa(attention, causal_mask):

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -280,6 +281,24 @@ def test_without_cuda_nothing_is_switched():
         assert model.config._attn_implementation == "sdpa"
         decode(model)
     assert not calls
+
+
+@pytest.mark.parametrize(
+    ("release", "capability", "expected"),
+    [
+        ("3.6.0", (9, 0), True),
+        ("3.10.0+git1a2b", (8, 0), True),
+        ("3.4.0", (9, 0), False),
+        ("3.6.0", (7, 5), False),
+    ],
+)
+def test_an_old_triton_or_gpu_is_left_alone(monkeypatch, release, capability, expected):
+    """Before 3.5 Triton refuses the kernel, before Ampere there is no bf16."""
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=release))
+    monkeypatch.setattr(packed_attention, "find_spec", lambda name: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    available = packed_attention.fused_available.__wrapped__
+    assert available(torch.device("cuda")) is expected
 
 
 class Module(torch.nn.Module):

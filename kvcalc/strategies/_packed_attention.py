@@ -37,6 +37,9 @@ CHANGES_NOTHING = frozenset({"cache_position", "is_causal", "position_ids", "use
 MOST_WIDTH = 256
 """Channels of a head up to which a block of the kernel fits into registers."""
 
+OLDEST_TRITON = (3, 5)
+"""Of torch 2.9; before it a Triton dot product had 16 columns at least."""
+
 SMALLEST_DOT = 16
 """Tokens, and channels of a value's part, that a Triton dot product must have."""
 
@@ -114,10 +117,13 @@ def group_tokens(packed: "Packed", bits: int) -> int:
 
 @cache
 def fused_available(device: torch.device) -> bool:
-    """Whether the kernel can run there: CUDA with bf16 tensor cores, and Triton installed."""
+    """Whether the kernel can run there: CUDA with bf16 tensor cores, and a Triton that knows it."""
     if device.type != "cuda" or find_spec("triton") is None:
         return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    import triton
+
+    release = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return release >= OLDEST_TRITON and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def is_active(config: "PreTrainedConfig | None") -> bool:

@@ -1,5 +1,5 @@
-"""What differs between the releases of transformers and torch that kvcalc runs on: one line for
-each difference, with where it was seen. Nothing else asks for a version, and nothing is imported
+"""What differs between the releases of transformers, torch and Triton that kvcalc runs on: one line
+for each difference, with where it was seen. Nothing else asks for a version, and nothing is imported
 to learn one.
 """
 
@@ -68,6 +68,14 @@ def static_needs(model_type: str) -> str | None:
 def longrope_is_capturable() -> bool:
     """Whether a decode step with LongRoPE reads nothing back from the device."""
     return _too_early(LONGROPE_STAYS_ON_DEVICE) is None
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed and compiles our kernels: before 3.5, of torch 2.9, its dot
+    products had 16 columns at least.
+    """
+    found = _installed("triton") or _installed("pytorch-triton")
+    return found is not None and _release(found) >= (3, 5)
 
 
 def check_promised() -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib import metadata
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import product
@@ -92,11 +93,11 @@ def reference(query, key, value, *, scaling):
     return output.flatten(1, 2).unsqueeze(1)
 
 
-def error_of(point, *, bits, dtype=torch.float32, device="cpu"):
+def error_of(point, *, bits, dtype=torch.float32, device="cpu", settings=None):
     """The largest difference between the kernels and the reference."""
     query, key, value = example(*point, bits=bits, dtype=dtype, device=device)
     assert fits(query, key, value)
-    found = attend(query, key, value, scaling=0.3)
+    found = attend(query, key, value, scaling=0.3, settings=settings)
     assert found.dtype == dtype
     expected = reference(query, key, value, scaling=0.3)
     assert found.shape == expected.shape
@@ -127,6 +128,11 @@ def test_kernels_attend_as_dequantised_tokens(errors, bits):
     """
     assert len(errors[f"{bits}"]) == len(POINTS)
     assert max(errors[f"{bits}"]) < 1e-5
+
+
+def test_a_group_is_attended_to_in_blocks(errors):
+    """Of the smallest size, where a benchmark asks for it."""
+    assert max(errors["blocks"]) < 1e-5
 
 
 def test_a_model_decodes_by_the_kernels(errors):
@@ -167,7 +173,7 @@ def test_kernels_attend_on_a_gpu(bits):
         pytest.skip("no GPU with Triton here, the kernels are not compiled")
     for point in POINTS:
         assert error_of(point, bits=bits, device=device) < 1e-4
-        assert error_of(point, bits=bits, dtype=torch.bfloat16, device=device) < 2**-4
+        assert error_of(point, bits=bits, dtype=torch.bfloat16, device=device) < 2**-5
 
 
 def llama(**overrides):
@@ -290,6 +296,24 @@ def test_without_cuda_nothing_is_switched():
     assert not calls
 
 
+@pytest.mark.parametrize(
+    ("release", "capability", "expected"),
+    [
+        ("3.6.0", (9, 0), True),
+        ("3.10.0+git1a2b", (8, 0), True),
+        ("3.4.0", (9, 0), False),
+        ("3.6.0", (7, 5), False),
+    ],
+)
+def test_an_old_triton_or_gpu_is_left_alone(monkeypatch, release, capability, expected):
+    """Before 3.5 Triton refuses the kernel, before Ampere there is no bf16."""
+    monkeypatch.setattr(metadata, "version", lambda name: release)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(plain_attention, "has_flash", plain_attention.has_flash.__wrapped__)
+    available = plain_attention.fused_available.__wrapped__
+    assert available(torch.device("cuda")) is expected
+
+
 class Module(torch.nn.Module):
     """An attention module as attention functions know it."""
 
@@ -380,6 +404,7 @@ def test_every_token_is_in_one_split():
 def main():
     """Print the errors as JSON."""
     found = {bits: [error_of(point, bits=bits) for point in POINTS] for bits in (8, 4, 2)}
+    found["blocks"] = [error_of(POINTS[4], bits=bits, settings={"BLOCK": 16}) for bits in (8, 4, 2)]
     # NumPy, which the interpreter computes with, has no bf16.
     found["fp16"] = [
         error_of(point, bits=bits, dtype=torch.float16) for bits in (8, 4, 2) for point in POINTS

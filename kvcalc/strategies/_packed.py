@@ -47,8 +47,8 @@ def about(bits: int, *, limits: str, headlines: tuple[Headline, ...] = ()) -> Ab
         formula=f"{bits}/8 + 2 × bytes of the dtype / group for each value, and the tail; than 16 "
         f"bits {smaller(bits, 32):.4g}× smaller at group 32, {smaller(bits, 64):.4g}× at group 64",
         evicts="nothing; a group is quantised once, when the tail has `residual` + `group` tokens",
-        needs="`group` to divide the width of V; for speed a GPU with Triton, whose kernel reads "
-        "what is packed",
+        needs="`group` to divide the width of V; for speed a GPU with Triton 3.5, whose kernel "
+        "reads what is packed in groups of 16, 32, 64",
         limits=f"{limits}; without that kernel a step unpacks all it attends to",
         headlines=headlines,
     )

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -28,6 +27,8 @@ from transformers.masking_utils import (
     sdpa_mask,
 )
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from kvcalc.releases import has_triton
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -174,8 +175,8 @@ def attention(
 
 @cache
 def fused_available(device: torch.device) -> bool:
-    """Whether kernels of ours can run there: CUDA with bf16 tensor cores, and Triton installed."""
-    return has_flash(device) and find_spec("triton") is not None
+    """Whether kernels of ours can run there: CUDA with bf16 tensor cores, and Triton."""
+    return has_flash(device) and has_triton()
 
 
 @cache

@@ -1,6 +1,6 @@
 """What differs between the releases of transformers, torch and Triton that kvcalc runs on: one line
-for each difference, with where it was seen. Nothing else asks for a version, and nothing is imported
-to learn one.
+for each difference, with where it was seen. Nothing else asks for a version, and nothing is
+imported to learn one.
 """
 
 from collections.abc import Mapping

@@ -163,6 +163,20 @@ def test_one_strategy_going_wrong_keeps_the_others(
     assert rows[1]["reason"]
 
 
+def test_a_model_that_runs_out_of_memory_gets_one_line(capsys, monkeypatch):
+    """While it is built or first run: no bug, and what to do."""
+
+    def fail(*arguments):
+        msg = "CUDA out of memory"
+        raise torch.OutOfMemoryError(msg)
+
+    monkeypatch.setattr(models, "feed", fail)
+    assert cli.run(SMALL) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "--layers N" in message
+
+
 def test_a_strategy_that_does_not_apply_is_refused(capsys):
     """int4 with a group that no row divides into is refused with the reason; others run."""
     status, rows = rows_of(capsys, "--strategy", "int4:group=48,dynamic")

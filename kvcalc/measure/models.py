@@ -19,7 +19,7 @@ from kvcalc.families import Architecture, decoder_level, describe
 from kvcalc.layers.mixed import CrossAttention
 from kvcalc.measure import retrieval
 from kvcalc.measure.held import LayerBytes, held_by_layer
-from kvcalc.measure.record import free_memory
+from kvcalc.measure.record import free_memory, is_out_of_memory
 from kvcalc.origin import Origin
 from kvcalc.releases import transformers_version
 from kvcalc.sources.hub import check_reachable
@@ -109,8 +109,8 @@ def load_model(
 
     `weights` is `checkpoint` or `random`; `num_layers` keeps only the first layers of a model with
     random weights; `least_cache_bytes` says what must fit beside them. Raises InputError for what
-    cannot be found or does not fit in memory, and
-    UnsupportedError for a model that is not sized or not part of transformers.
+    cannot be found or does not fit in memory, and UnsupportedError for a model that is not sized,
+    not part of transformers, or no decoder of tokens and a cache alone.
     """
     config: Mapping[str, Any]
     diffuse = False
@@ -129,33 +129,48 @@ def load_model(
     if num_layers is not None:
         decoder = _first_layers(decoder, num_layers)
     architecture = describe(decoder)
-    dtype_name = dtype
-    if dtype == "auto":
-        if isinstance(architecture.model_dtype, ConfigError):
-            raise architecture.model_dtype
-        dtype_name = str(architecture.model_dtype.value)
-    if dtype_name not in TORCH_DTYPES:
-        msg = f"--dtype {shown(dtype)} is no dtype to compute in; choose {', '.join(TORCH_DTYPES)}"
-        raise InputError(msg)
+    dtype_name = _computed_in(architecture, dtype)
     load_engine("transformers").refuse(architecture, tp=1, pp=1)
     _check_decodes_alone(architecture)
     torch.manual_seed(seed)
     place = None
-    if weights == WIRED:
-        loaded: PreTrainedModel = retrieval.build(
-            decoder, device, TORCH_DTYPES[dtype_name], diffuse=diffuse
+    try:
+        if weights == WIRED:
+            loaded: PreTrainedModel = retrieval.build(
+                decoder, device, TORCH_DTYPES[dtype_name], diffuse=diffuse
+            )
+        elif weights == "random":
+            cache_bytes = least_cache_bytes(architecture, origin, dtype_name)
+            loaded = _random(decoder, origin, TORCH_DTYPES[dtype_name], device, cache_bytes)
+        else:
+            place = _weights_place(origin, revision)
+            loaded = _checkpoint(place, TORCH_DTYPES[dtype_name], device, revision)
+        loaded.eval()
+        _check_keeps(loaded, architecture)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        msg = (
+            f"{origin.resolved} does not fit in the memory of {device}; measure a slice of the "
+            "layers with --weights random --layers N"
         )
-    elif weights == "random":
-        cache_bytes = least_cache_bytes(architecture, origin, dtype_name)
-        loaded = _random(decoder, origin, TORCH_DTYPES[dtype_name], device, cache_bytes)
-    else:
-        place = _weights_place(origin, revision)
-        loaded = _checkpoint(place, TORCH_DTYPES[dtype_name], device, revision)
-    loaded.eval()
-    _check_keeps(loaded, architecture)
+        raise InputError(msg) from None
     return LoadedModel(
         origin.resolved, loaded, architecture, origin, weights, dtype_name, device, place
     )
+
+
+def _computed_in(architecture: Architecture, dtype: str) -> str:
+    """The name of the dtype to compute in, `auto` being the config's; InputError for another."""
+    name = dtype
+    if dtype == "auto":
+        if isinstance(architecture.model_dtype, ConfigError):
+            raise architecture.model_dtype
+        name = str(architecture.model_dtype.value)
+    if name not in TORCH_DTYPES:
+        msg = f"--dtype {shown(dtype)} is no dtype to compute in; choose {', '.join(TORCH_DTYPES)}"
+        raise InputError(msg)
+    return name
 
 
 def widest(model: PreTrainedModel, name: str) -> int | None:
@@ -184,9 +199,9 @@ def _check_keeps(model: PreTrainedModel, architecture: Architecture) -> None:
         with torch.inference_mode():
             feed(model, cache, tokens)
             feed(model, cache, tokens[:, :1])
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # noqa: BLE001 - whatever a model's class raises
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         msg = (
             f"{type(model).__name__} does not decode from tokens and a cache alone "
             f"({type(error).__name__}: {_first_line(error)}); kvcalc size counts its cache"
@@ -274,7 +289,9 @@ def _random(
     try:
         with torch.device("meta"):
             shapes = AutoModelForCausalLM.from_config(hf_config, dtype=dtype)
-    except Exception as error:  # noqa: BLE001 - whatever a model's class raises of a config
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
         msg = (
             f"transformers {transformers_version()} cannot build model_type "
             f"{config['model_type']!r} from this config: {_first_line(error)}"

@@ -132,6 +132,14 @@ def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
             yield record
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a device or the host had no more; on CPUs torch says so in words alone."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    text = str(error).lower()
+    return "can't allocate memory" in text or "not enough memory" in text
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken on a device; on the CPU what the kernel can free, within the
     cgroup.

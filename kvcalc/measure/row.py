@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kvcalc.errors import EXIT_BUG, KvcalcError, PredictionBrokenError, UnsupportedError
+from kvcalc.measure.record import is_out_of_memory
 from kvcalc.strategies import ChosenStrategy
 
 ROW_SCHEMA = "kvcalc.profile-row/1"
@@ -62,7 +63,7 @@ def went_wrong(error: Exception, row: Mapping[str, Any]) -> tuple[str, str]:
     """Status and reason for what a strategy raised."""
     if isinstance(error, KvcalcError):
         return "refused", str(error)
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         predicted = row["predicted_bytes"]
         cache = f"the cache alone takes {predicted:,} bytes; " if predicted else ""
         return "out_of_memory", f"{cache}use a shorter --seq, a smaller --batch, or --layers N"
@@ -70,13 +71,6 @@ def went_wrong(error: Exception, row: Mapping[str, Any]) -> tuple[str, str]:
     if isinstance(error, NotImplementedError) or "not implemented for" in told:
         return "refused", f"torch {torch.__version__} has no such operation here: {told:.200}"
     return "failed", f"{type(error).__name__}: {told:.200}"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    text = str(error).lower()
-    return "can't allocate memory" in text or "not enough memory" in text
 
 
 def explanations(fields: Mapping[str, Any]) -> list[str]:

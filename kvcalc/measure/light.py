@@ -82,11 +82,11 @@ def expected_tpot(light: Mapping[str, Any], mode: str) -> float:
     written, and read by attention, unless a fused attention reads the cache itself. Launching is
     not in it.
     """
-    ceilings = light["ceilings"]
     decode = Work(**light["decode"])
-    if light["copied_bytes"] and "fused" not in mode:
-        decode = decode._replace(num_bytes=decode.num_bytes + 2 * light["copied_bytes"])
-    return decode.seconds(Ceilings(**ceilings))
+    if "fused" not in mode:
+        copied_bytes = light.get("copied_bytes", 0)  # which a part of an older file lacks
+        decode = decode._replace(num_bytes=decode.num_bytes + 2 * copied_bytes)
+    return decode.seconds(Ceilings(**light["ceilings"]))
 
 
 def achieved(light: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
@@ -95,7 +95,7 @@ def achieved(light: dict[str, Any], row: dict[str, Any]) -> dict[str, float]:
     """
     ttft, tpot = row["ttft_seconds"]["median"], row["tpot_seconds"]["median"]
     found = {}
-    for prefix, ceilings in (("", light["ceilings"]), ("published_", light["published"])):
+    for prefix, ceilings in (("", light["ceilings"]), ("published_", light.get("published"))):
         if ceilings:
             flops, num_bytes = light["prefill"]["flops"], light["decode"]["num_bytes"]
             found[f"{prefix}compute_fraction"] = flops / ttft / ceilings["flops_per_second"]

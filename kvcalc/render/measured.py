@@ -171,12 +171,12 @@ def _print_light(out: Console, row: Mapping[str, Any]) -> None:
     light = row["speed_of_light"]
     if light and "compute_fraction" in light:
         beside = ""
-        if light["published"]:
+        if light.get("published"):
             beside += (
                 f"; {light['published_compute_fraction']:.0%} and "
                 f"{light['published_bandwidth_fraction']:.0%} of {light['published']['source']}"
             )
-        if row["busy_seconds"] is not None:
+        if row.get("busy_seconds") is not None:
             beside += f"; the device was busy for {row['busy_seconds'] * 1000:,.2f} ms of a step"
         out.print(
             f"speed of light for {row['strategy']}: TTFT {light['ttft_seconds'] * 1000:,.2f} ms, "

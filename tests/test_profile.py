@@ -1,7 +1,9 @@
 """Profiling: rows, their records on disk, and what happens when a strategy goes wrong."""
 
 import json
+import math
 import os
+import re
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from kvcalc import cli
 from kvcalc.errors import OutputError
 from kvcalc.families import describe
 from kvcalc.measure import models, profile
+from kvcalc.measure.feeds import Feed
+from kvcalc.measure.fidelity import fidelity
 from kvcalc.measure.peak import peak_memory
 from kvcalc.measure.record import RowFile
 from kvcalc.measure.workload import Workload
@@ -480,7 +484,15 @@ def test_perplexity_of_a_text(capsys, tmp_path):
     for row in rows[:2]:
         assert row["fidelity"]["perplexity"] > 1
         assert row["fidelity"]["perplexity_ratio"] == pytest.approx(1, abs=1e-6)
+        assert row["fidelity"]["perplexity_alike"]
+    low, high = rows[2]["fidelity"]["perplexity_interval"]
+    assert low < rows[2]["fidelity"]["perplexity"] < high
     assert rows[2]["fidelity"]["perplexity_ratio"] != 1
+    assert cli.run([*SMALL, *arguments]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert re.search(
+        r"perplexity \S+ \(95 %: \S+ to \S+\), 1× the full cache's \(1 to 1, no", printed
+    )
     text.write_text("w1 w2 w3")
     assert cli.run([*SMALL, *arguments]) == 2
     assert "3 tokens" in capsys.readouterr().err
@@ -489,3 +501,30 @@ def test_perplexity_of_a_text(capsys, tmp_path):
     text.unlink()
     assert cli.run([*SMALL, *arguments]) == 2
     assert "cannot read the text" in capsys.readouterr().err
+
+
+def test_a_perplexity_has_an_interval():
+    """Of few tokens it is wide, and a ratio whose interval holds 1 is no difference; of many that
+    all differ alike it is one.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def told(steps, shift):
+        full = torch.randn(steps + 1, 1, 8, generator=generator)
+        targets = torch.randint(8, (1, steps), generator=generator)
+        ours = full + shift * torch.nn.functional.one_hot(
+            torch.cat([targets, targets[:, :1]], dim=1).T, 8
+        ) * torch.rand(steps + 1, 1, 1, generator=generator)
+        feed = Feed(targets, tuple(targets.split(1, dim=1)), is_text=True)
+        return fidelity(ours, full, feed)
+
+    worse = told(400, -0.5)
+    assert worse["perplexity_ratio_interval"][0] > 1
+    assert not worse["perplexity_alike"]
+    same = told(20, 0.0)
+    assert same["perplexity_alike"]
+    (low, high), (lowest, highest) = (
+        found["perplexity_interval"] for found in (worse, told(20, -0.5))
+    )
+    assert math.log(high / low) < math.log(highest / lowest) / 2
+    assert told(1, -0.5)["perplexity_interval"] is None

@@ -130,8 +130,22 @@ def _print_proof(out: Console, label: str, row: Mapping[str, Any], *, briefly: b
         )
         if observed:
             print_folded(out, "  ", f"observed: {observed}", "dim")
+    if row["fidelity"] and row["fidelity"].get("perplexity_interval"):
+        print_folded(out, "  ", _perplexity(row["fidelity"]), "dim")
     for note in row["notes"]:
         out.print(f"  {note}", style="dim")
+
+
+def _perplexity(fidelity: Mapping[str, Any]) -> str:
+    """Perplexity and its ratio to the full cache's, with their intervals."""
+    low, high = fidelity["perplexity_interval"]
+    ratio_low, ratio_high = fidelity["perplexity_ratio_interval"]
+    alike = ", no difference" * fidelity["perplexity_alike"]
+    return (
+        f"perplexity {fidelity['perplexity']:,.4g} (95 %: {low:,.4g} to {high:,.4g}), "
+        f"{fidelity['perplexity_ratio']:.4g}× the full cache's ({ratio_low:.4g} to "
+        f"{ratio_high:.4g}{alike})"
+    )
 
 
 def _print_headlines(out: Console, named: Sequence[tuple[str, Mapping[str, Any]]]) -> None:

@@ -21,6 +21,7 @@ from kvcalc.strategies._plain_attention import (
     SMALLEST_DOT,
     attends_by_sdpa,
     causal_mask,
+    combine,
     in_place_of_sdpa,
 )
 from kvcalc.units import ceil_div
@@ -49,9 +50,6 @@ FEWEST_TOKENS_PER_SPLIT, MOST_PROGRAMS = 64, 1024
 """Splits are as short as gives this many programs over all heads, 8 for each of the 132
 multiprocessors of an H100 or H200: as many as run at the same time.
 """
-
-COMBINED_SPLITS, COMBINED_CHANNELS = 256, 32
-"""What a program that combines splits reads at a time, of one query."""
 
 
 class PackedTokens(Tensor):
@@ -302,17 +300,7 @@ def attend(
             0x10001 * (2**bits - 1),
             **compiled_for | dict(settings or {}),
         )
-        kernels.combine_splits[heads, queries, ceil_div(value_dim, COMBINED_CHANNELS)](
-            partial,
-            logsumexp,
-            result,
-            num_splits,
-            QUERIES=queries,
-            VALUE_DIM=value_dim,
-            BLOCK_DIM=COMBINED_CHANNELS,
-            BLOCK_SPLITS=COMBINED_SPLITS,
-            enable_fp_fusion=True,
-        )
+        combine(partial, logsumexp, result)
     return result
 
 

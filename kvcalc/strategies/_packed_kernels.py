@@ -21,7 +21,7 @@ the dequantised key.
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
+from kvcalc.strategies._plain_kernels import LOG2_E
 
 
 @triton.jit
@@ -227,46 +227,3 @@ def attend_splits(
         mask=(queries < QUERIES)[None, None, :] & (parts < PARTS)[:, None, None],
     )
     tl.store(logsumexp + at, most + tl.log2(sums), mask=queries < QUERIES)
-
-
-@triton.jit(do_not_specialize=["num_splits"])
-def combine_splits(
-    partial,  # fp32 [heads, splits, QUERIES, VALUE_DIM]
-    logsumexp,  # fp32 [heads, splits, QUERIES], to the base 2
-    result,  # [heads, QUERIES, VALUE_DIM], written
-    num_splits,
-    QUERIES: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_DIM: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
-):
-    """`BLOCK_DIM` channels of one query of one KV head: its splits, each weighted by the sum of its
-    exponentials.
-    """
-    head = tl.program_id(0).to(tl.int64)
-    query = tl.program_id(1)
-    dims = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    most = tl.full((1,), float("-inf"), tl.float32)
-    total = tl.zeros((1,), tl.float32)
-    output = tl.zeros((BLOCK_DIM,), tl.float32)
-    for first in range(0, num_splits, BLOCK_SPLITS):
-        splits = first + tl.arange(0, BLOCK_SPLITS)
-        seen = splits < num_splits
-        at = (head * num_splits + splits) * QUERIES + query
-        logs = tl.load(logsumexp + at, mask=seen, other=float("-inf"))
-        outputs = tl.load(
-            partial + at[:, None] * VALUE_DIM + dims[None, :],
-            mask=seen[:, None] & (dims < VALUE_DIM)[None, :],
-            other=0.0,
-        )
-        new_most = tl.maximum(most, tl.max(logs, 0))
-        decay = tl.exp2(most - new_most)
-        weights = tl.exp2(logs - new_most)
-        total = total * decay + tl.sum(weights, 0)
-        output = output * decay + tl.sum(weights[:, None] * outputs, 0)
-        most = new_most
-    tl.store(
-        result + (head * QUERIES + query) * VALUE_DIM + dims,
-        (output / total).to(result.dtype.element_ty),
-        mask=dims < VALUE_DIM,
-    )

@@ -29,6 +29,7 @@ from transformers.masking_utils import (
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from kvcalc.releases import has_triton
+from kvcalc.units import ceil_div
 
 if TYPE_CHECKING:
     from transformers.modeling_utils import PreTrainedModel
@@ -46,6 +47,9 @@ FEWEST_TOKENS_PER_SPLIT, MOST_PROGRAMS, SPLIT_MULTIPLE = 128, 1024, 64
 """Splits are as short as gives this many programs over all heads, some 8 for each multiprocessor of
 an H200 or A100, and whole blocks of the kernel.
 """
+
+COMBINED_SPLITS, COMBINED_CHANNELS = 256, 32
+"""What a program that combines splits reads at a time, of one query."""
 
 
 class CausalMask(Tensor):
@@ -284,19 +288,38 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, *, scalin
             num_warps=4,
             num_stages=3,
         )
-        kernels.combine_splits[heads, queries](
-            partial,
-            logsumexp,
-            visible,
-            result,
-            num_splits,
-            per_split,
-            QUERIES=queries,
-            VALUE_DIM=value_dim,
-            PADDED_VALUE_DIM=next_power_of_2(value_dim),
-            BLOCK_SPLITS=32,
-        )
+        combine(partial, logsumexp, result, counter=visible, split_tokens=per_split)
     return result
+
+
+def combine(
+    partial: Tensor,
+    logsumexp: Tensor,
+    result: Tensor,
+    *,
+    counter: Tensor | None = None,
+    split_tokens: int = 0,
+) -> None:
+    """Write into `result` [batch, 1, heads, width of V] the attention of splits [KV heads in all,
+    splits, queries, width of V], given their logsumexp to the base 2; with a `counter` on the
+    device, of as many splits of `split_tokens` as it fills.
+    """
+    from kvcalc.strategies import _plain_kernels as kernels
+
+    heads, num_splits, queries, value_dim = partial.shape
+    kernels.combine_splits[heads, queries, ceil_div(value_dim, COMBINED_CHANNELS)](
+        partial,
+        logsumexp,
+        logsumexp if counter is None else counter,
+        result,
+        num_splits,
+        split_tokens,
+        COUNTED=counter is not None,
+        QUERIES=queries,
+        VALUE_DIM=value_dim,
+        BLOCK_DIM=COMBINED_CHANNELS,
+        BLOCK_SPLITS=COMBINED_SPLITS,
+    )
 
 
 def applies(device: torch.device) -> bool:

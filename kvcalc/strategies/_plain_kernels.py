@@ -9,6 +9,9 @@ dimension `heads`; K and V are read where they are.
 import triton
 import triton.language as tl
 
+LOG2_E = tl.constexpr(1.4426950408889634)
+"""Softmax to the base 2 is the same, of scores that are multiplied by this."""
+
 
 @triton.jit(do_not_specialize=["kv_heads", "split_tokens"])
 def attend_splits(
@@ -17,7 +20,7 @@ def attend_splits(
     values,  # [batch, KV heads, capacity, VALUE_DIM], likewise
     counter,  # int64: how many of the rows are tokens
     partial,  # fp32 [heads, splits, QUERIES, VALUE_DIM], written
-    logsumexp,  # fp32 [heads, splits, QUERIES], written
+    logsumexp,  # fp32 [heads, splits, QUERIES], to the base 2, written
     scaling,
     kv_heads,
     split_tokens,
@@ -44,6 +47,7 @@ def attend_splits(
     if start >= num_tokens:
         return
     stop = tl.minimum(start + split_tokens, num_tokens)
+    scaling *= LOG2_E
     keys += head // kv_heads * key_of_batch + head % kv_heads * key_of_head
     values += head // kv_heads * value_of_batch + head % kv_heads * value_of_head
 
@@ -75,8 +79,8 @@ def attend_splits(
             other=0.0,
         )
         new_most = tl.maximum(most, tl.max(scores, 1))
-        decay = tl.exp(most - new_most)
-        weights = tl.exp(scores - new_most[:, None])
+        decay = tl.exp2(most - new_most)
+        weights = tl.exp2(scores - new_most[:, None])
         total = total * decay + tl.sum(weights, 1)
         output = output * decay[:, None]
         output += tl.dot(weights.to(block.dtype), block, input_precision="ieee")
@@ -88,32 +92,35 @@ def attend_splits(
         output / total[:, None],
         mask=(queries < QUERIES)[:, None] & (value_dims < VALUE_DIM)[None, :],
     )
-    tl.store(logsumexp + at, most + tl.log(total), mask=queries < QUERIES)
+    tl.store(logsumexp + at, most + tl.log2(total), mask=queries < QUERIES)
 
 
 @triton.jit(do_not_specialize=["num_splits", "split_tokens"])
 def combine_splits(
     partial,  # fp32 [heads, splits, QUERIES, VALUE_DIM]
-    logsumexp,  # fp32 [heads, splits, QUERIES]
-    counter,
+    logsumexp,  # fp32 [heads, splits, QUERIES], to the base 2
+    counter,  # int64: how many tokens there are, where COUNTED
     result,  # [heads, QUERIES, VALUE_DIM], written
     num_splits,
     split_tokens,
+    COUNTED: tl.constexpr,  # whether splits beyond the counter are empty
     QUERIES: tl.constexpr,
     VALUE_DIM: tl.constexpr,
-    PADDED_VALUE_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
     BLOCK_SPLITS: tl.constexpr,
 ):
-    """One query of one KV head: its splits up to the counter, each weighted by the sum of its
+    """`BLOCK_DIM` channels of one query of one KV head: its splits, each weighted by the sum of its
     exponentials.
     """
     head = tl.program_id(0).to(tl.int64)
     query = tl.program_id(1)
-    written = tl.cdiv(tl.load(counter).to(tl.int32), split_tokens)
-    dims = tl.arange(0, PADDED_VALUE_DIM)
+    dims = tl.program_id(2) * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
+    written = num_splits
+    if COUNTED:
+        written = tl.cdiv(tl.load(counter).to(tl.int32), split_tokens)
     most = tl.full((1,), float("-inf"), tl.float32)
     total = tl.zeros((1,), tl.float32)
-    output = tl.zeros((PADDED_VALUE_DIM,), tl.float32)
+    output = tl.zeros((BLOCK_DIM,), tl.float32)
     for first in range(0, written, BLOCK_SPLITS):
         splits = first + tl.arange(0, BLOCK_SPLITS)
         seen = splits < written
@@ -125,8 +132,8 @@ def combine_splits(
             other=0.0,
         )
         new_most = tl.maximum(most, tl.max(logs, 0))
-        decay = tl.exp(most - new_most)
-        weights = tl.exp(logs - new_most)
+        decay = tl.exp2(most - new_most)
+        weights = tl.exp2(logs - new_most)
         total = total * decay + tl.sum(weights, 0)
         output = output * decay + tl.sum(weights[:, None] * outputs, 0)
         most = new_most

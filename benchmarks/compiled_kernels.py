@@ -1,11 +1,12 @@
-"""What the kernels of int8, int4 and int2 cost an H200, as compiled: no GPU is needed, Triton is.
+"""What the kernels of static, int8, int4 and int2 cost an H200, as compiled: it needs no GPU.
 
     python benchmarks/compiled_kernels.py
 
 A KV head of Llama-3-8B: four queries, bf16, group 32, of width 128 and of 64. For each kernel and
 number of warps: registers and bytes spilled of a thread, shared memory of a program, and the
-machine instructions of a warp in the loop over packed blocks, for each token of a KV head, beside
-those that can be issued while the token's bytes are read. What is compiled by default is marked.
+machine instructions of a warp in the loop over blocks, for each token of a KV head, beside those
+that can be issued while the token's bytes are read. 16 bits are the rows of `static`. What is
+compiled by default is marked.
 """
 
 import re
@@ -18,8 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kvcalc.strategies import _packed_kernels as kernels
-from kvcalc.strategies._packed_attention import constants
+from kvcalc.strategies import _packed_attention, _packed_kernels, _plain_attention, _plain_kernels
 
 H200 = GPUTarget("cuda", 90, 32)
 BYTES_PER_SECOND, CLOCK, MULTIPROCESSORS = 4.3e12, 1.98e9, 132
@@ -33,7 +33,8 @@ POINTERS = {
     **dict.fromkeys("key_levels value_levels".split(), "i32"),
     **dict.fromkeys("partial logsumexp".split(), "fp32"),
     **dict.fromkeys("query key_scales key_minima value_scales value_minima".split(), "bf16"),
-    **dict.fromkeys("tail_keys tail_values result".split(), "bf16"),
+    **dict.fromkeys("tail_keys tail_values keys values".split(), "bf16"),
+    "counter": "i64",
 }
 """What the kernels' pointers point to."""
 
@@ -52,7 +53,9 @@ class Compiled(NamedTuple):
 
 
 def compiled(kernel: triton.JITFunction, settings: dict[str, int]) -> Compiled:
-    """A kernel for bf16, compiled for an H200; every pointer is aligned to 16 bytes."""
+    """A kernel for bf16, compiled for an H200; pointers and strides are multiples of 16, as Triton
+    finds them when it is called.
+    """
     signature, aligned = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in settings:
@@ -64,6 +67,8 @@ def compiled(kernel: triton.JITFunction, settings: dict[str, int]) -> Compiled:
             signature[name] = "fp32"
         elif (pointed_to := POINTERS.get(name)) is None:
             signature[name] = "i32"
+            if "_of_" in name:
+                aligned[position,] = [["tt.divisibility", 16]]
         else:
             signature[name] = f"*{pointed_to}"
             aligned[position,] = [["tt.divisibility", 16]]
@@ -101,9 +106,19 @@ def longest_loop(code: str) -> int:
 
 def issued_while_read(bits: int, width: int) -> float:
     """Instructions of a warp that a multiprocessor issues while it reads a token of a KV head."""
-    token_bytes = 2 * width * bits / 8 + 2 * (2 * 2 * width / GROUP)
+    token_bytes = 2 * width * bits / 8 + (2 * (2 * 2 * width / GROUP) if bits < 16 else 0)
     cycles = token_bytes / (BYTES_PER_SECOND / CLOCK / MULTIPROCESSORS)
     return cycles * ISSUED_PER_CYCLE
+
+
+def attention(bits: int, width: int) -> tuple[triton.JITFunction, dict[str, int], int]:
+    """The kernel that attends to rows of so many bits, its settings, and the tokens of a block."""
+    shape = {"queries": QUERIES, "key_dim": width, "value_dim": width, "element_bytes": 2}
+    if bits == 16:
+        settings = _plain_attention.constants(**shape)
+        return _plain_kernels.attend_splits, settings, settings["BLOCK_TOKENS"]
+    settings = _packed_attention.constants(bits=bits, group=GROUP, **shape)
+    return _packed_kernels.attend_splits, settings, settings["BLOCK"]
 
 
 def main() -> None:
@@ -111,18 +126,11 @@ def main() -> None:
     print(f"Triton {triton.__version__}. Instructions: of a warp, for a token of a KV head.")
     row("width", "bits", "warps", "registers", "spilled", "shared", "instructions", "bytes allow")
     for width in (128, 64):
-        for bits in (8, 4, 2):
-            settings = constants(
-                bits=bits,
-                group=GROUP,
-                queries=QUERIES,
-                key_dim=width,
-                value_dim=width,
-                element_bytes=2,
-            )
+        for bits in (16, 8, 4, 2):
+            kernel, settings, block_tokens = attention(bits, width)
             for warps in (1, 2, 4):
-                made = compiled(kernels.attend_splits, settings | {"num_warps": warps})
-                issued = made.loop * warps / settings["BLOCK"]
+                made = compiled(kernel, settings | {"num_warps": warps})
+                issued = made.loop * warps / block_tokens
                 row(
                     width,
                     bits,

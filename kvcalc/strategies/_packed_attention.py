@@ -23,6 +23,7 @@ from kvcalc.strategies._plain_attention import (
     causal_mask,
     combine,
     in_place_of_sdpa,
+    next_power_of_2,
 )
 from kvcalc.units import ceil_div
 
@@ -241,11 +242,6 @@ def constants(
         "num_stages": STAGES,
         "enable_fp_fusion": True,
     }
-
-
-def next_power_of_2(number: int) -> int:
-    """The smallest power of two that is not below a number > 0."""
-    return 1 << (number - 1).bit_length()
 
 
 def attend(

@@ -241,14 +241,38 @@ def split_tokens(*, capacity: int, heads: int) -> int:
     return -(-wanted // SPLIT_MULTIPLE) * SPLIT_MULTIPLE
 
 
+def constants(*, queries: int, key_dim: int, value_dim: int, element_bytes: int) -> dict[str, int]:
+    """What the kernel `attend_splits` is compiled for, and with how many warps and stages.
+
+    For sm_90, bf16 and width 128 that are 88 registers and 70 KiB of shared memory: three programs
+    on a multiprocessor with 64 KiB each on their way, several times what hides the latency of
+    memory. Twice the tokens of fp32 spill (benchmarks/compiled_kernels.py).
+    """
+    block_tokens = 16 if element_bytes == 4 else 32 if max(key_dim, value_dim) > 128 else 64
+    return {
+        "QUERIES": queries,
+        "KEY_DIM": key_dim,
+        "VALUE_DIM": value_dim,
+        "PADDED_QUERIES": max(next_power_of_2(queries), SMALLEST_DOT),
+        "PADDED_KEY_DIM": max(next_power_of_2(key_dim), SMALLEST_DOT),
+        "PADDED_VALUE_DIM": max(next_power_of_2(value_dim), SMALLEST_DOT),
+        "BLOCK_TOKENS": block_tokens,
+        "num_warps": 4,
+        "num_stages": 3,
+    }
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of two that is not below a number > 0."""
+    return 1 << (number - 1).bit_length()
+
+
 def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, *, scaling: float) -> Tensor:
     """Attention of one token of each sequence, query [batch, heads, 1, width], to the first
     `visible` rows, an int64 on the device that must be 1 or more, by the kernels.
 
     Returns [batch, 1, heads, width of V].
     """
-    from triton import next_power_of_2
-
     from kvcalc.strategies import _plain_kernels as kernels
 
     batch, num_heads = query.shape[:2]
@@ -260,11 +284,9 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, *, scalin
     partial = torch.empty((*shape, value_dim), dtype=torch.float32, device=query.device)
     logsumexp = torch.empty(shape, dtype=torch.float32, device=query.device)
     result = torch.empty((batch, 1, num_heads, value_dim), dtype=query.dtype, device=query.device)
-    # Compiled for sm_90 with Triton 3.6 and 3.9, bf16 of width 128 takes 88 registers and 70 KiB of
-    # shared memory: three programs on a multiprocessor with 64 KiB each on their way, several times
-    # what hides the latency of memory. Twice the tokens of fp32 spill.
-    wide = max(key_dim, value_dim) > 128
-    block_tokens = 16 if query.element_size() == 4 else 32 if wide else 64
+    compiled_for = constants(
+        queries=queries, key_dim=key_dim, value_dim=value_dim, element_bytes=query.element_size()
+    )
     with torch.cuda.device_of(query):
         kernels.attend_splits[heads, num_splits](
             query.contiguous(),
@@ -278,15 +300,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor, *, scalin
             per_split,
             *key.stride()[:3],
             *value.stride()[:3],
-            QUERIES=queries,
-            KEY_DIM=key_dim,
-            VALUE_DIM=value_dim,
-            PADDED_QUERIES=max(next_power_of_2(queries), SMALLEST_DOT),
-            PADDED_KEY_DIM=max(next_power_of_2(key_dim), SMALLEST_DOT),
-            PADDED_VALUE_DIM=max(next_power_of_2(value_dim), SMALLEST_DOT),
-            BLOCK_TOKENS=block_tokens,
-            num_warps=4,
-            num_stages=3,
+            **compiled_for,
         )
         combine(partial, logsumexp, result, counter=visible, split_tokens=per_split)
     return result

@@ -40,9 +40,17 @@ indexer since the second; before that as K and V of every head (5.9.0 to 5.24.0 
 KEEP_OTHERWISE_BEFORE = {"qwen4_exp": (5, 21), "qwen4_exp_text": (5, 21)}
 """Types that keep other states before these releases (5.17.0 and 5.20.2 were run)."""
 
-STATIC_SINCE = {"bloom": (5, 21), "hy_v4": (5, 18)}
+STATIC_SINCE = {
+    "big_bird": (5, 18),
+    "bloom": (5, 21),
+    "hy_v4": (5, 18),
+    "megatron-bert": (5, 18),
+    "rembert": (5, 18),
+    "roformer": (5, 18),
+}
 """Types whose static cache before these releases fails (bloom takes the length of the keys for that
-of the sequence) or holds a counter more in layers that share an indexer.
+of the sequence), answers otherwise than a growing one, or holds a counter more in layers that share
+an indexer (hy_v4).
 """
 
 LONGROPE_STAYS_ON_DEVICE = (5, 21)

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import select
+import stat
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -276,8 +277,8 @@ def check(
         raise InputError(msg)
     else:
         files = files or [starter]
-        written = [path.resolve() for path in (junit, out) if path is not None]
-        read = {file.resolve() for file in files}
+        written = [_identity(path) for path in (junit, out) if path is not None]
+        read = {_identity(file) for file in files}
         if len({*written, *read}) < len(written) + len(read):
             msg = "--junit and --out must name files of their own, which are written over"
             raise InputError(msg)
@@ -654,6 +655,17 @@ def _told(error: Exception) -> int:
 
 def _complain(message: str) -> None:
     sys.stderr.write("kvcalc: " + " ".join(message.split()) + "\n")
+
+
+def _identity(path: Path) -> object:
+    """What tells whether two paths name one file, by links of either kind."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # it is not there, its links go round in circles, it has a NUL
+        return os.path.abspath(path)  # noqa: PTH100 - never raises
+    if not stat.S_ISREG(status.st_mode):
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
 
 
 def _canonical(arguments: list[str]) -> list[str]:

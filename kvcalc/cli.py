@@ -5,16 +5,18 @@ status (0 done, 1 a check or prediction failed, 2 bad input, 3 refused, 70 a bug
 """
 
 import codecs
-import errno
 import gc
 import io
 import os
 import re
+import select
+import stat
 import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, TextIO
 
 import typer
 
@@ -29,8 +31,6 @@ ALL = "all"
 """What users type for every engine or strategy."""
 
 _PLAIN = {"×": "x", "±": "+/-", "≥": ">=", "…": "..."}
-
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 
 OPTION_ALIASES = {
     "--context": "--seq",
@@ -277,8 +277,8 @@ def check(
         raise InputError(msg)
     else:
         files = files or [starter]
-        written = [path.resolve() for path in (junit, out) if path is not None]
-        read = {file.resolve() for file in files}
+        written = [_identity(path) for path in (junit, out) if path is not None]
+        read = {_identity(file) for file in files}
         if len({*written, *read}) < len(written) + len(read):
             msg = "--junit and --out must name files of their own, which are written over"
             raise InputError(msg)
@@ -561,18 +561,51 @@ def _global_options(
 
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
-    if sys.stdout is None:  # closed by the caller
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115, PTH123 - till the end
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass  # closed by the caller: no file that is opened later may take its place
+    os.close(spare)
     codecs.register_error("plain", _plain)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="plain")
+    sys.stdin = sys.stdin or open(0, encoding="utf-8")  # noqa: SIM115 - till the end
+    sys.stdout = _text_output(sys.stdout, 1)
+    sys.stderr = _text_output(sys.stderr, 2)
     status = run(sys.argv[1:] or ["--help"])
     if "torch" in sys.modules:
         sys.exit(status)
     # Nothing is left to clean up, and taking the interpreter apart object by object would cost a
     # sixth of the whole run.
     os._exit(status)
+
+
+class _Output(io.FileIO):
+    """Standard output or error. What its reader left unread is dropped, and so is what standard
+    error cannot take: the command goes on, writes its files, and ends with its own status.
+
+    OutputError where standard output cannot be written (a full disk).
+    """
+
+    def write(self, data: Any, /) -> int:  # noqa: ANN401 - any buffer
+        try:
+            while (written := super().write(data)) is None:  # a full pipe that does not block
+                select.select([], [self], [])
+        except OSError as error:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+            if not isinstance(error, BrokenPipeError) and self.fileno() == 1:
+                msg = f"cannot write the output: {error.strerror}"
+                raise OutputError(msg) from None
+            return len(data)
+        return written
+
+
+def _text_output(stream: TextIO | None, number: int) -> TextIO:
+    """A standard stream as before, of our own kind; of one that was closed, one to nowhere."""
+    if stream is not None and not isinstance(stream, io.TextIOWrapper):
+        return stream
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Output(number, "w", closefd=False)),
+        encoding=stream.encoding if stream else "utf-8",
+        errors="plain",
+        line_buffering=stream is not None and (stream.line_buffering or stream.write_through),
+    )
 
 
 def _plain(error: UnicodeError) -> tuple[str, int]:
@@ -591,37 +624,48 @@ def run(arguments: list[str]) -> int:
         app = application(called or COMMANDS)
         status = app(_canonical(arguments), prog_name="kvcalc", standalone_mode=False)
         sys.stdout.flush()
-    except KvcalcError as error:
-        _complain(str(error))
-        return error.exit_code
     except (KeyboardInterrupt, typer.Abort):
         status = EXIT_INTERRUPTED
-    except (BrokenPipeError, SystemExit):
-        # The reader of our output left (Typer makes an exit of that); what it wanted it has.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            _complain(f"cannot write the output: {error.strerror}")
-            return OutputError.exit_code
-        if hasattr(error, "format_message"):  # a usage error of Typer's
-            command = getattr(getattr(error, "ctx", None), "command_path", "kvcalc")
-            _complain(f"{error.format_message().rstrip('.')}. Try: {command} --help")
-            return InputError.exit_code
-        if os.environ.get("KVCALC_DEBUG"):
-            raise
-        _complain(
-            f"bug: {type(error).__name__}: {str(error)[:200]}. Please report it; KVCALC_DEBUG=1 "
-            "shows where"
-        )
-        return EXIT_BUG
+        status = _told(error)
     if status == EXIT_INTERRUPTED:  # Typer makes an exit of Ctrl-C, too
         _complain("interrupted")
     return status if isinstance(status, int) else 0
 
 
+def _told(error: Exception) -> int:
+    """Tell an error in one line; returns its exit status."""
+    with suppress(OutputError):  # the graver one is told
+        sys.stdout.flush()
+    if isinstance(error, KvcalcError):
+        _complain(str(error))
+        return error.exit_code
+    if hasattr(error, "format_message"):  # a usage error of Typer's
+        command = getattr(getattr(error, "ctx", None), "command_path", "kvcalc")
+        _complain(f"{error.format_message().rstrip('.')}. Try: {command} --help")
+        return InputError.exit_code
+    if os.environ.get("KVCALC_DEBUG"):
+        raise error
+    _complain(
+        f"bug: {type(error).__name__}: {str(error)[:200]}. Please report it; KVCALC_DEBUG=1 "
+        "shows where"
+    )
+    return EXIT_BUG
+
+
 def _complain(message: str) -> None:
     sys.stderr.write("kvcalc: " + " ".join(message.split()) + "\n")
+
+
+def _identity(path: Path) -> object:
+    """What tells whether two paths name one file, by links of either kind."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):  # it is not there, its links go round in circles, it has a NUL
+        return os.path.abspath(path)  # noqa: PTH100 - never raises
+    if not stat.S_ISREG(status.st_mode):
+        return os.path.realpath(path)
+    return status.st_dev, status.st_ino
 
 
 def _canonical(arguments: list[str]) -> list[str]:

@@ -103,8 +103,9 @@ def read(path: Path, *, remedy: str = "") -> tuple[Place, Node]:
     try:
         with path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        msg = f"cannot read {path}: {error.strerror or error}{remedy}"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        said = getattr(error, "strerror", None) or error
+        msg = f"cannot read {path}: {said}{remedy}"
         raise InputError(msg) from None
     if len(raw) > MAX_BYTES:
         msg = f"the file is larger than {MAX_BYTES:,} bytes, which end here; split it"
@@ -336,6 +337,9 @@ def text(place: Place, node: Node, *, wanted: str = "text") -> str:
     """The text of a value that must have one."""
     if not isinstance(node, Scalar) or node.is_null or not node.text.strip():
         msg = f"must be {wanted}, not {kind_of(node)}"
+        raise place.wrong(msg)
+    if "\0" in node.text:
+        msg = f"{shown(node.text)} holds a NUL, which no name does"
         raise place.wrong(msg)
     return node.text.strip()
 

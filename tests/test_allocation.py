@@ -4,6 +4,7 @@ lose is told with the wired model.
 """
 
 import math
+import sys
 from fractions import Fraction
 from functools import cache
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from test_evicting import promised, run, spec_of
 from tiny import tiny_config
 from transformers import AutoConfig
 
+import kvcalc
 from kvcalc.errors import InputError, UnsupportedError
 from kvcalc.families import describe
 from kvcalc.layers import FullAttention
@@ -115,7 +117,72 @@ def test_a_pyramid_holds_what_even_layers_do(window, more, places, beta, prompt_
     assert sum(budgets) == places * min(budget, prompt_tokens)
     assert max(budgets) <= prompt_tokens
     assert min(budgets) >= min(window, prompt_tokens)
-    assert budgets == sorted(budgets, reverse=True)
+    assert list(budgets) == sorted(budgets, reverse=True)
+
+
+def plain_budgets(budget, window, beta, places, prompt_tokens):
+    """PyramidKV's line in fractions of the floats it is made of, and largest remainders."""
+    if prompt_tokens <= budget:
+        return [prompt_tokens] * places
+    before, average = prompt_tokens - window, budget - window
+    most = min(2 * average - average / beta, before)
+    least = 2 * average - most
+    line = [Fraction(most - (most - least) * place / max(places - 1, 1)) for place in range(places)]
+    parts, left, open_places = [0] * places, places * average, list(range(places))
+    while open_places:
+        weight = sum(line[place] for place in open_places)
+        if not weight:
+            line = [Fraction(1)] * places
+            continue
+        full = [place for place in open_places if left * line[place] >= before * weight]
+        if not full:
+            break
+        for place in full:
+            parts[place] = before
+            left -= before
+            open_places.remove(place)
+    wanted = {place: left * line[place] / weight for place in open_places}
+    for place, share in wanted.items():
+        parts[place] = int(share)
+        left -= int(share)
+    for place in sorted(wanted, key=lambda place: wanted[place] % 1, reverse=True)[:left]:
+        parts[place] += 1
+    return [window + part for part in parts]
+
+
+@given(
+    st.integers(1, 30), st.integers(1, 300), st.integers(1, 64), st.integers(1, 40), st.integers(1)
+)
+def test_a_pyramid_is_that_of_its_definition(window, more, places, beta, prompt_tokens):
+    """Every layer of every shape keeps what the definition, written plainly, gives it."""
+    shape = {"window": window, "beta": beta, "places": places, "prompt_tokens": prompt_tokens}
+    assert list(layer_budgets(window + more, **shape)) == plain_budgets(window + more, **shape)
+
+
+@pytest.mark.parametrize("strategy", ["pyramidkv", "pyramidkv+int4:group=4", "minicache", "snapkv"])
+def test_the_work_grows_with_the_layers(strategy):
+    """Four times the layers are four times the lines of Python, not sixteen: no list of all is made
+    for each of them.
+    """
+    counts = {}
+    for num_layers in (500, 2000):
+        config = tiny_config("llama", num_hidden_layers=num_layers, num_key_value_heads=HEADS)
+        lines = 0
+
+        def trace(frame, event, argument):
+            nonlocal lines
+            del argument
+            lines += event == "line"
+            return trace
+
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            kvcalc.size(config, seq=4096 + num_layers, strategy=strategy)
+        finally:
+            sys.settrace(before)
+        counts[num_layers] = lines
+    assert counts[2000] < 6 * counts[500]
 
 
 class Fixed:

@@ -89,6 +89,90 @@ def test_a_name_that_is_nothing(complaint, name):
     assert len(line) < 400
 
 
+CHECKED = f"deployments:\n  chat: {{model: {LLAMA}, kv_memory: 30GiB, require: [fits]}}\n"
+
+
+@pytest.fixture
+def odd_paths(tmp_path, monkeypatch):
+    """A folder to be in, with links that go round in circles, a folder and a good check."""
+    monkeypatch.chdir(tmp_path)
+    Path("round").symlink_to("about")
+    Path("about").symlink_to("round")
+    Path("dangling").symlink_to("nowhere/at-all")
+    for folder in ("folder", "folder.yaml", "folder.gguf", "model/config.json"):
+        Path(folder).mkdir(parents=True)
+    Path("kvcalc.yaml").write_text(CHECKED)
+
+
+FOLDERS = ["./folder", "folder.yaml", "./folder.gguf", "./model"]
+ODD_PATHS = [
+    *("round", "./round", "round/x", "./round/x.json", "round.yaml", "dangling", "./dangling"),
+    *(*FOLDERS, "kvcalc.yaml/x", "./kvcalc.yaml/x.yaml", " "),
+    *("~nobody-has-this-name/x", "~nobody-has-this-name/x.yaml", "~nobody-has-this-name"),
+    *("z" * 256, "z" * 300 + ".yaml", "./" + "z" * 5000, "org/" + "z" * 256, "z/" * 3000),
+]
+WITH_NUL = ["a\0b", "./a\0b", "a\0b.yaml", "~\0"]
+"""No command line can have them, a YAML can."""
+
+
+@pytest.mark.parametrize("path", ODD_PATHS, ids=lambda path: repr(path)[:30])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["size", "PATH", "--seq", "1k"],
+        ["fit", "PATH", "--gpu", "l4"],
+        ["plan", "PATH", "--gpu", "l4"],
+        ["fit", LLAMA, "--gpu", "PATH"],
+        ["plan", LLAMA, "--gpu", "PATH"],
+        ["plan", LLAMA, "--gpu", "l4", "--prices", "PATH"],
+        ["fit", "--gpu", "l4", "--from", "PATH"],
+        ["fit", "--gpu", "l4", "--from", "vllm serve 'PATH'"],
+        ["size", "org/name", "--revision", "PATH"],
+        ["gpus", "--yaml", "PATH"],
+    ],
+    ids=" ".join,
+)
+@pytest.mark.usefixtures("odd_paths")
+def test_a_path_that_is_odd(complaint, command, path):
+    """Wherever a path may be given, an odd one is bad input: a loop of links, a folder, a home that
+    nobody has, a NUL, a name that is too long.
+    """
+    status, line = complaint(*(word.replace("PATH", path) for word in command))
+    assert status == BAD, line
+
+
+@pytest.mark.parametrize("path", ODD_PATHS + WITH_NUL, ids=lambda path: repr(path)[:30])
+@pytest.mark.parametrize(
+    "words",
+    ["model: PATH, kv_memory: 1GiB", f"model: {LLAMA}, gpu: PATH"],
+)
+@pytest.mark.usefixtures("odd_paths")
+def test_a_path_in_a_check_that_is_odd(capsys, words, path):
+    """So it is where a check names it, and the line says where."""
+    quoted = json.dumps(path)
+    Path("odd.yaml").write_text(
+        f"deployments:\n  chat: {{{words.replace('PATH', quoted)}, require: [fits]}}\n"
+    )
+    status = run(["check", "odd.yaml"])
+    told = capsys.readouterr().err
+    assert status == BAD, told
+    assert told.startswith("kvcalc: odd.yaml:2: deployments.chat")
+
+
+@pytest.mark.parametrize("path", ODD_PATHS, ids=lambda path: repr(path)[:30])
+@pytest.mark.parametrize(
+    "command", ["PATH", "--baseline PATH", "--out PATH/x", "--junit PATH/x", "--init PATH/x"]
+)
+@pytest.mark.usefixtures("odd_paths")
+def test_a_file_of_a_check_that_is_odd(capsys, command, path):
+    """So are the files of a check itself; in a folder, of whatever name, one can be written."""
+    status = run(["check", *(word.replace("PATH", path) for word in command.split())])
+    told = capsys.readouterr().err
+    fine = command.endswith("/x") and path in FOLDERS
+    assert status == (0 if fine else BAD), told
+    assert fine or "kvcalc: " in told
+
+
 def test_an_empty_name_is_not_the_current_folder(complaint, monkeypatch, tmp_path):
     """An empty argument (an unset shell variable) names no model, whatever folder we are in."""
     written(tmp_path, changed(LLAMA))

@@ -25,12 +25,16 @@ BYTES_AT_1K = 1024 * 2 * 2 * (16 + 16) * 2
 
 
 class Answer(NamedTuple):
-    """One answer to a request for config.json; `hangs` sends nothing until the test is over."""
+    """One answer to a request for config.json; `hangs` sends nothing until the test is over.
+
+    `headers` take the place of those that a Hub sends, or stand beside them.
+    """
 
     status: int = 200
     error_code: str = ""
     body: bytes = json.dumps(CONFIG).encode()
     hangs: bool = False
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 class Hub(ThreadingHTTPServer):
@@ -79,10 +83,17 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header("X-Error-Code", answer.error_code)
         if answer.status >= 400:
             self.send_header("X-Error-Message", f"no access with {TOKEN}")
-        else:
-            self.send_header("ETag", f'"{hashlib.sha256(answer.body).hexdigest()}"')
-            self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", str(len(answer.body)))
+        usual = (
+            {}
+            if answer.status >= 400
+            else {
+                "ETag": f'"{hashlib.sha256(answer.body).hexdigest()}"',
+                "X-Repo-Commit": COMMIT,
+            }
+        )
+        usual |= {"Content-Length": str(len(answer.body)), **dict(answer.headers)}
+        for name, value in usual.items():
+            self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
             self.wfile.write(answer.body)
@@ -323,8 +334,18 @@ def test_offline(hub, kvcalc):
 
 @pytest.mark.parametrize(
     ("environment", "said"),
-    [({"HF_ENDPOINT": "127.0.0.1"}, "HF_ENDPOINT"), ({"HF_TOKEN": "hf_sécret"}, "HF_TOKEN")],
-    ids=["endpoint without scheme", "token that is no ASCII"],
+    [
+        ({"HF_ENDPOINT": "127.0.0.1"}, "HF_ENDPOINT"),
+        ({"HF_ENDPOINT": "http://["}, "HF_ENDPOINT"),
+        ({"HF_ENDPOINT": "http://127.0.0.1:99999"}, "HF_ENDPOINT"),
+        ({"HF_TOKEN": "hf_sécret"}, "HF_TOKEN"),
+        ({"HF_HUB_ETAG_TIMEOUT": "soon"}, "HF_HUB_ETAG_TIMEOUT 'soon'"),
+        ({"HF_HUB_ETAG_TIMEOUT": "-1"}, "HF_HUB_ETAG_TIMEOUT '-1'"),
+        ({"HF_HUB_ETAG_TIMEOUT": "9" * 30}, "HF_HUB_ETAG_TIMEOUT '999"),
+        ({"HF_HUB_DOWNLOAD_TIMEOUT": "1.5"}, "HF_HUB_DOWNLOAD_TIMEOUT '1.5'"),
+        ({"HTTP_PROXY": "socks9://x"}, "HTTP_PROXY"),
+    ],
+    ids=str,
 )
 def test_a_setting_that_cannot_be(hub, kvcalc, environment, said):
     """A broken setting of huggingface_hub is named, instead of blaming the network."""
@@ -332,3 +353,30 @@ def test_a_setting_that_cannot_be(hub, kvcalc, environment, said):
     assert said in line
     assert "sécret" not in line
     assert hub.requests == []
+
+
+@pytest.mark.parametrize("name", ["HF_HOME", "HF_HUB_CACHE", "XDG_CACHE_HOME"])
+def test_a_cache_that_cannot_be(hub, kvcalc, tmp_path, name):
+    """A cache in the home of an unknown user, or behind links that go round in circles, is told
+    before anything is asked; where no cache is needed it harms nothing.
+    """
+    (tmp_path / "round").symlink_to("about")
+    (tmp_path / "about").symlink_to("round")
+    others = {"HF_HOME": ""} if name == "XDG_CACHE_HOME" else {}
+    for value in ("~nobody-has-this-name/x", str(tmp_path / "round")):
+        assert name in complaint(kvcalc("org/name", **others, **{name: value}))
+        assert kvcalc("llama-3-8b", **others, **{name: value}).returncode == 0
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize(
+    "location",
+    ["http://[", "http://127.0.0.1:99999/x", "ftp://127.0.0.1/x", "http://", "//[", "\x80", ":"],
+)
+@pytest.mark.parametrize("status", [302, 307])
+def test_a_redirect_that_leads_nowhere(hub, kvcalc, location, status):
+    """A redirect to what is no address is trouble of the Hub, told in one line."""
+    hub.answers = [Answer(status, headers=(("Location", location),))]
+    line = complaint(kvcalc("org/name", timeout=40))
+    assert "org/name" in line
+    assert "config.json" in line

@@ -171,6 +171,22 @@ def test_a_torn_line_stays_alone(tmp_path):
     assert lines(path) == [{"whole": 1}, {"whole": 2}]
 
 
+def test_a_damaged_file_is_gone_on_with(tmp_path):
+    """`--resume` takes the whole lines of a file that is damaged, and lets the others lie."""
+    path = tmp_path / "rows.jsonl"
+    whole = {"point": {"model": "a"}, "status": "ok"}
+    part = {"point": {"model": "b"}, "run": [0.1, [0.2]]}
+    damage = b'\xff\xfe\0\n[1, 2]\n"text"\n{}\n{"point": {"model": "b"}, "run": 3}\n'
+    damage += b'{"run": [0.1, [0.2]]}\n{"point": {"model": "b"}, "counted": 3}\n' + b"[" * 100_000
+    for one, line in ((path, whole), (tmp_path / "rows.jsonl.parts", part)):
+        one.write_bytes(damage + b"\n" + json.dumps(line).encode() + b"\n" + damage)
+    before = path.read_bytes()
+    file = RowFile(path, resume=True)
+    assert file.row(whole["point"]) == whole
+    assert file.parts(part["point"]) == [part]
+    assert path.read_bytes() == before
+
+
 def test_what_cannot_fit_is_refused_before_it_runs(loaded, monkeypatch):
     """A cache larger than the free memory is not tried, unless forced; smaller ones are."""
     monkeypatch.setattr(profile, "free_memory", lambda device: 100_000)

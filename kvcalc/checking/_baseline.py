@@ -21,7 +21,7 @@ def read_baseline(path: Path) -> dict[tuple[str, str], Mapping[str, Any]]:
     except OSError as error:
         msg = f"cannot read {path}: {error.strerror or error}"
         raise InputError(msg) from None
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError):  # a NUL in the name, no JSON
         data = None
     if isinstance(data, dict) and data.get("schema") == SCHEMA:
         try:

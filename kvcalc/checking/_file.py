@@ -1,5 +1,6 @@
 """The YAML: its keys, how it is read, what starts one, and its JSON Schema."""
 
+import os.path
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
@@ -176,9 +177,10 @@ def _beside(file: str, model: str) -> str:
     """A model's path counts from the file that names it."""
     folder, path = Path(file).parent, Path(model)
     is_file = model.startswith(".") or model.endswith(SUFFIXES)
+    beside = os.path.join(folder, path)  # noqa: PTH118 - any name: too long, with a NUL
     if path.is_absolute() or model.startswith("~"):
         return model
-    return str(folder / path) if is_file or (folder / path).exists() else model
+    return str(folder / path) if is_file or os.path.exists(beside) else model  # noqa: PTH110
 
 
 def _point(given: _Given, workload: _Given) -> tuple[dict[str, Any], Fraction]:
@@ -336,8 +338,8 @@ def write_starter(path: Path) -> None:
     except FileExistsError:
         msg = f"{path} is there already and stays as it is; name another FILE"
         raise OutputError(msg) from None
-    except OSError as error:
-        msg = f"cannot write {path}: {error.strerror or error}"
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        msg = f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
         raise OutputError(msg) from None
 
 

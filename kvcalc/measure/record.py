@@ -69,7 +69,7 @@ class RowFile:
         self._parts_path = path.with_name(path.name + ".parts")
         self._rows: dict[str, dict[str, Any]] = {}
         self._parts: dict[str, list[dict[str, Any]]] = {}
-        existed = path.exists()
+        existed = os.path.lexists(path)
         self._write(path, "")
         if not existed:
             path.unlink()
@@ -78,7 +78,8 @@ class RowFile:
                 if row.get("status") == "ok" and "point" in row:
                     self._rows[_key(row["point"])] = row
             for part in _read_lines(self._parts_path):
-                self._parts.setdefault(_key(part["point"]), []).append(part)
+                if _is_part(part):
+                    self._parts.setdefault(_key(part["point"]), []).append(part)
         else:
             self._parts_path.unlink(missing_ok=True)
 
@@ -121,12 +122,19 @@ def _key(point: dict[str, Any]) -> str:
     return json.dumps(point, sort_keys=True)
 
 
+def _is_part(part: dict[str, Any]) -> bool:
+    """Whether a line is what `append_part` wrote of a count or a run, as far as it is read."""
+    run = part.get("run", [0.0, []])
+    whole = isinstance(run, list) and len(run) >= 2 and isinstance(run[1], list)
+    return whole and "point" in part and isinstance(part.get("counted", {}), dict)
+
+
 def _read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, without a line that was torn."""
+    """The JSON objects of a file, without a line that was torn or damaged."""
     for line in _lines(str(path)):
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(record, dict):
             yield record
@@ -160,7 +168,7 @@ def free_memory(device: torch.device) -> int:
 def _lines(path: str) -> list[str]:
     """The lines of a file of the kernel's; none when it is not there."""
     try:
-        return Path(path).read_text(encoding="utf-8").splitlines()
+        return Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
 

@@ -25,6 +25,11 @@ def publish(report: CheckReport, *, json: bool, junit: Path | None, out: Path | 
 
     Annotations go to standard error, where a runner reads them, too: standard output is data.
     """
+    written = [_write(junit, junit_xml(report), "w")] if junit else []
+    if out is not None:
+        written.append(_write(out, data.json_text(report.to_dict()), "w"))
+    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
+        written.append(_write(Path(summary), step_summary(report), "a"))
     if json:
         data.write_json(report.to_dict())
     else:
@@ -32,21 +37,20 @@ def publish(report: CheckReport, *, json: bool, junit: Path | None, out: Path | 
     if os.environ.get("GITHUB_ACTIONS") == "true":
         sys.stderr.writelines(f"{line}\n" for line in annotations(report))
     sys.stderr.writelines(f"kvcalc: {' '.join(line.split())}\n" for line in _errors(report))
-    if junit is not None:
-        _write(junit, junit_xml(report), "w")
-    if out is not None:
-        _write(out, data.json_text(report.to_dict()), "w")
-    if summary := os.environ.get("GITHUB_STEP_SUMMARY"):
-        _write(Path(summary), step_summary(report), "a")
+    if any(written):
+        raise OutputError("; ".join(filter(None, written)))
 
 
-def _write(path: Path, what: str, mode: str) -> None:
+def _write(path: Path, what: str, mode: str) -> str:
+    """Write a file; returns why that cannot be done, so that the others and the screen are not
+    lost.
+    """
     try:
         with path.open(mode, encoding="utf-8") as file:
             file.write(what)
-    except OSError as error:
-        msg = f"cannot write {path}: {error.strerror or error}"
-        raise OutputError(msg) from None
+    except (OSError, ValueError) as error:
+        return f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
+    return ""
 
 
 def told(report: CheckReport) -> str:

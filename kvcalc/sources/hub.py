@@ -5,10 +5,13 @@ Its own settings apply: HF_TOKEN or a stored login, HF_ENDPOINT, HF_HUB_OFFLINE,
 HF_HUB_ETAG_TIMEOUT. Tokens never appear in a message.
 """
 
+import os
+import re
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import urlsplit
 
 from kvcalc.errors import (
     GatedModelError,
@@ -20,7 +23,7 @@ from kvcalc.errors import (
 )
 from kvcalc.origin import Origin
 from kvcalc.sources import quantization
-from kvcalc.sources.local import read_config, read_with_quantization
+from kvcalc.sources.local import hf_cache_folder, read_config, read_with_quantization
 from kvcalc.units import shown
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ def download(
     Raises ModelNotFoundError (no such repository, revision or file), GatedModelError and
     HubUnavailableError (offline, time-out, rate limit, server error).
     """
+    _check_settings()
     from huggingface_hub import hf_hub_download
 
     def fetch() -> str:
@@ -81,6 +85,7 @@ def weights(model: str, *, commit: str) -> "Weights | None":
 
     Raises InputError for files that are damaged or missing, and what `download` raises.
     """
+    _check_settings()
     from huggingface_hub import HfApi, errors
 
     from kvcalc.weights import weights_of_headers
@@ -123,6 +128,7 @@ def check_reachable(model: str, *, revision: str | None, hint: str = "") -> None
 
     A download that cannot connect retries for half a minute on its own; this fails in seconds.
     """
+    _check_settings()
     from huggingface_hub import logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -231,9 +237,8 @@ def _unreachable(error: Exception, model: str, hint: str) -> tuple[Exception, bo
     if any(isinstance(link, UnicodeError) for link in links):
         msg = "HF_TOKEN holds characters that no token has: set it again, or unset it"
         return InputError(msg), False
-    if any(type(link).__name__ in _BAD_ADDRESS for link in links):
-        msg = "HF_ENDPOINT is no address such as https://huggingface.co: correct it, or unset it"
-        return InputError(msg), False
+    if any(isinstance(link, ValueError) or type(link).__name__ in _BAD_ADDRESS for link in links):
+        return _no_address(error, model), False
     if isinstance(error, OSError) and error.filename is not None:
         msg = (
             f"cannot write to the Hugging Face cache: {error.strerror}; set HF_HUB_CACHE to a "
@@ -247,6 +252,46 @@ def _unreachable(error: Exception, model: str, hint: str) -> tuple[Exception, bo
         f"config.json file.{hint}"
     )
     return HubUnavailableError(msg), True
+
+
+def _no_address(error: Exception, model: str) -> InputError:
+    """The sentence for an address, or another word, that cannot be used: whose it is."""
+    if "proxy" in str(error).lower():
+        msg = "HTTPS_PROXY, HTTP_PROXY or ALL_PROXY is no address of a proxy: correct or unset it"
+        return InputError(msg)
+    return HubUnavailableError(
+        f"the Hub's answer for {model} cannot be followed ({type(error).__name__}): check "
+        "HF_ENDPOINT, or give a config.json file"
+    )
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port above 65,535, half a bracket
+        return False
+
+
+def _check_settings() -> None:
+    """Raise InputError for a setting that huggingface_hub would not start with."""
+    if not _is_address(os.environ.get("HF_ENDPOINT") or "https://huggingface.co"):
+        msg = "HF_ENDPOINT is no address such as https://huggingface.co: correct it, or unset it"
+        raise InputError(msg)
+    for name in ("HF_HUB_ETAG_TIMEOUT", "HF_HUB_DOWNLOAD_TIMEOUT"):
+        said = os.environ.get(name, "")
+        if said and not re.fullmatch(r"[1-9][0-9]{0,5}", said.strip()):
+            msg = f"{name} {shown(said)} is no number of seconds from 1: correct it, or unset it"
+            raise InputError(msg)
+    folder = hf_cache_folder()
+    try:
+        folder.expanduser().resolve()
+    except (OSError, RuntimeError):  # nobody's home, links that go round in circles
+        msg = (
+            f"the Hugging Face cache cannot be at {shown(str(folder), most=120)}: correct HF_HOME, "
+            "HF_HUB_CACHE or XDG_CACHE_HOME, or unset it"
+        )
+        raise InputError(msg) from None
 
 
 def _is_network(error: BaseException) -> bool:

@@ -50,7 +50,11 @@ def is_repository_id(model: str) -> bool:
 def read(requested: str, path: Path, *, kind: str = "file") -> tuple[Mapping[str, Any], Origin]:
     """Read the config that `path` stands for: itself, or the config.json of its folder."""
     config: Mapping[str, Any]
-    config_path = _config_path(path)
+    try:
+        config_path = _config_path(path)
+    except OSError as error:
+        msg = f"cannot read {path}: {error.strerror}"
+        raise ConfigError(msg) from None
     notes: tuple[str, ...] = ()
     if is_gguf(config_path):
         from kvcalc.sources import gguf_config
@@ -155,7 +159,8 @@ def hf_cache_folder() -> Path:
 
 
 def _expanded(path: str) -> Path:
-    return Path(os.path.expandvars(path)).expanduser()
+    """As huggingface_hub reads it: a home that nobody has stays as it is written."""
+    return Path(os.path.expandvars(os.path.expanduser(path)))  # noqa: PTH111 - never raises
 
 
 def _config_path(path: Path) -> Path:

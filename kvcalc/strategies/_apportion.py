@@ -23,7 +23,7 @@ def apportion(shares: Sequence[float], total: int, caps: Sequence[int]) -> list[
         if not weight:
             exact = [1] * len(exact)
             continue
-        full = [place for place in places if left * exact[place] >= caps[place] * weight]
+        full = {place for place in places if left * exact[place] >= caps[place] * weight}
         if not full:
             break
         for place in full:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 
 from kvcalc.layers import Layer
@@ -86,22 +87,25 @@ class PyramidLayer(EvictedLayer):
         return f"{EvictedLayer.keeps(self)} on average, layer {self.place + 1} of {self.places}"
 
 
+@lru_cache(maxsize=16)
 def layer_budgets(
     budget: int, *, window: int, beta: int, places: int, prompt_tokens: int
-) -> list[int]:
+) -> tuple[int, ...]:
     """Tokens of a prompt that each layer keeps, `budget` on average.
 
     Beyond the window it is a line: with a budget of 12, a window of 2 and beta 20, three layers of
-    a long prompt keep 2 + [19.5, 10, 0.5].
+    a long prompt keep 2 + [19.5, 10, 0.5]. Every layer asks for all of them, so the last few
+    answers are kept.
     """
     if prompt_tokens <= budget:
-        return [prompt_tokens] * places
+        return (prompt_tokens,) * places
     before, average = prompt_tokens - window, budget - window
     most = min(2 * average - average / beta, before)
     least = 2 * average - most
     steps = max(places - 1, 1)
     line = [most - (most - least) * place / steps for place in range(places)]
-    return [window + part for part in apportion(line, places * average, [before] * places)]
+    parts = apportion(line, places * average, [before] * places)
+    return tuple(window + part for part in parts)
 
 
 def apply_all(layers: Sequence[Layer], parameters: Mapping[str, Value]) -> list[Layer]:

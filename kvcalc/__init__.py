@@ -7,7 +7,6 @@
 
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from kvcalc.api import fit, size
 from kvcalc.errors import (
     ConfigError,
     GatedModelError,
@@ -20,10 +19,11 @@ from kvcalc.errors import (
     PredictionBrokenError,
     UnsupportedError,
 )
-from kvcalc.sizing import SizeReport
 
 if _TYPE_CHECKING:
+    from kvcalc.api import fit, size
     from kvcalc.fitting import FitReport
+    from kvcalc.sizing import SizeReport
 
 __version__ = "0.1.0"
 
@@ -45,11 +45,19 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> object:
-    """What sizing does not need is loaded when it is asked for."""
-    if name == "FitReport":
-        from kvcalc.fitting import FitReport
+_LATER = {"FitReport": "fitting", "SizeReport": "sizing", "fit": "api", "size": "api"}
+"""Where the public names are that are loaded when they are asked for: the command line is then
+loaded after the package, where Ctrl-C finds it ready.
+"""
 
-        return FitReport
-    msg = f"module 'kvcalc' has no attribute {name!r}"
-    raise AttributeError(msg)
+
+def __getattr__(name: str) -> object:
+    """Load a name, once."""
+    if name not in _LATER:
+        msg = f"module 'kvcalc' has no attribute {name!r}"
+        raise AttributeError(msg)
+    from importlib import import_module
+
+    found: object = getattr(import_module(f"kvcalc.{_LATER[name]}"), name)
+    globals()[name] = found
+    return found

@@ -10,6 +10,7 @@ import io
 import os
 import re
 import select
+import signal
 import stat
 import sys
 from collections.abc import Callable, Iterable
@@ -277,14 +278,11 @@ def check(
         raise InputError(msg)
     else:
         files = files or [starter]
-        written = [_identity(path) for path in (junit, out) if path is not None]
-        read = {_identity(file) for file in files}
-        if len({*written, *read}) < len(written) + len(read):
-            msg = "--junit and --out must name files of their own, which are written over"
-            raise InputError(msg)
+        _check_apart((junit, out), files)
         told = json or out is not None or baseline is not None
         gc.freeze()  # what is loaded stays: it need not be looked through again and again
         report = checking.check(files, baseline=baseline, every_figure=told)
+        _check_apart((junit, out), report.files())
         checked.publish(report, json=json, junit=junit, out=out)
         raise typer.Exit(report.exit_code)
 
@@ -390,8 +388,9 @@ def gpus(
     """List and search the accelerators whose figures are known."""
     if yaml:
         from kvcalc.hardware import gpu_yaml
+        from kvcalc.render import data
 
-        sys.stdout.write(gpu_yaml(" ".join(words or ())))
+        data.write(gpu_yaml(" ".join(words or ())))
         return
     from kvcalc import api
 
@@ -569,6 +568,7 @@ def main() -> NoReturn:
     sys.stdout = _text_output(sys.stdout, 1)
     sys.stderr = _text_output(sys.stderr, 2)
     status = run(sys.argv[1:] or ["--help"])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is near, and its status known
     if "torch" in sys.modules:
         sys.exit(status)
     # Nothing is left to clean up, and taking the interpreter apart object by object would cost a
@@ -655,6 +655,16 @@ def _told(error: Exception) -> int:
 
 def _complain(message: str) -> None:
     sys.stderr.write("kvcalc: " + " ".join(message.split()) + "\n")
+
+
+def _check_apart(written: Iterable[Path | None], read: Iterable[Path]) -> None:
+    """Raise InputError where a file that is written is one of the others, or is read."""
+    outputs = [_identity(path) for path in written if path is not None]
+    if len(set(outputs)) < len(outputs) or not {_identity(path) for path in read}.isdisjoint(
+        outputs
+    ):
+        msg = "--junit and --out must name files of their own, which are written over"
+        raise InputError(msg)
 
 
 def _identity(path: Path) -> object:

@@ -18,6 +18,7 @@ import kvcalc
 from kvcalc import api, checking, cli, strict_yaml
 from kvcalc.errors import InputError, KvcalcError
 from kvcalc.render import checked
+from kvcalc.sources import catalogue
 from kvcalc.units import GIB
 
 ROOT = Path(__file__).parent.parent
@@ -435,6 +436,35 @@ def test_json_and_files(tmp_path, capsys):
     assert deployment["line"] == 5
     assert ET.parse(junit).getroot().tag == "testsuites"  # noqa: S314 - our own
     assert cli.run(["check", str(path), "--out", str(tmp_path / "no" / "x")]) == 2
+
+
+@pytest.mark.parametrize("option", ["--out", "--junit"])
+@pytest.mark.parametrize("link", ["hard", "symbolic", "none"])
+@pytest.mark.parametrize("read", ["kvcalc.yaml", "model.json", "folder/config.json", "gpu.yaml"])
+def test_no_file_that_is_read_is_written_over(option, link, read, tmp_path, monkeypatch, capsys):
+    """A report never takes the place of a file that is checked, or that it names, by no link."""
+    monkeypatch.chdir(tmp_path)
+    config = json.dumps(dict(catalogue.find("meta-llama/Meta-Llama-3-8B").config))
+    Path("model.json").write_text(config)
+    Path("folder").mkdir()
+    Path("folder/config.json").write_text(config)
+    Path("gpu.yaml").write_text("name: Mine\ncuda_bytes: 47.5GiB\n")
+    Path("kvcalc.yaml").write_text(
+        "deployments:\n"
+        "  a: {model: model.json, kv_memory: 30GiB, require: [fits]}\n"
+        "  b: {model: folder, kv_memory: 30GiB, require: [fits]}\n"
+        "  c: {model: model.json, gpu: gpu.yaml, reserve: 3GiB, require: [fits]}\n"
+    )
+    before = Path(read).read_bytes()
+    target = Path(read) if link == "none" else Path("link")
+    if link == "hard":
+        target.hardlink_to(read)
+    elif link == "symbolic":
+        target.symlink_to(read)
+    assert cli.run(["check", option, str(target)]) == 2
+    assert "must name files of their own" in capsys.readouterr().err
+    assert Path(read).read_bytes() == before
+    assert cli.run(["check", option, "other"]) == 0
 
 
 def test_a_file_to_start_from(tmp_path, monkeypatch, capsys):

@@ -5,12 +5,14 @@ Each test runs the command line as a process of its own, since the streams are t
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
-BAD, FAILS, REFUSED = 2, 1, 3
+BAD, FAILS, REFUSED, INTERRUPTED = 2, 1, 3, 130
 
 LLAMA = "meta-llama/Meta-Llama-3-8B"
 CHECK = f"""
@@ -137,3 +139,42 @@ def test_a_pipe_that_does_not_wait_is_waited_for():
     assert process.returncode == 0
     assert len(told) > 2**16  # more than a pipe holds
     assert json.loads(told)["schema"] == "kvcalc.models/1"
+
+
+@pytest.mark.parametrize("module", ["typer", "kvcalc.api", "kvcalc.render.data"])
+def test_an_interrupt_while_it_loads(module, tmp_path):
+    """Ctrl-C ends kvcalc with its own status and one line, while its parts are loaded, too."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.abc, os, signal, sys\n"
+        "class Interrupting(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}:\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupting())\n"
+    )
+    search = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-m", "kvcalc", "size", LLAMA, "--seq", "8k", "--json"],
+        env=os.environ | {"PYTHONPATH": search},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (INTERRUPTED, "")
+    assert done.stderr == "kvcalc: interrupted\n"
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_an_interrupt_leaves_no_half_of_an_object(ignored):
+    """Ctrl-C while JSON is written waits for its end; one that is ignored stays so."""
+    started = ["sh", "-c", "trap '' INT; exec \"$@\"", "sh"] if ignored else []
+    command = [*started, sys.executable, "-m", "kvcalc", "models", "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        told = process.stdout.read(1)  # it is writing, and the pipe does not hold all
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+        told += process.stdout.read()
+        complaint = process.stderr.read()
+    assert json.loads(told)["schema"] == "kvcalc.models/1"
+    assert process.returncode == (0 if ignored else INTERRUPTED)
+    assert complaint == (b"" if ignored else b"kvcalc: interrupted\n")

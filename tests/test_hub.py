@@ -6,10 +6,14 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple
 
 import pytest
+
+from kvcalc.sources.hub_limits import TIMEOUT_SECONDS
+from kvcalc.sources.local import MAX_CONFIG_BYTES
 
 TOKEN = "hf_ThisMustNeverBePrinted"  # noqa: S105
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -27,7 +31,8 @@ BYTES_AT_1K = 1024 * 2 * 2 * (16 + 16) * 2
 class Answer(NamedTuple):
     """One answer to a request for config.json; `hangs` sends nothing until the test is over.
 
-    `headers` take the place of those that a Hub sends, or stand beside them.
+    `headers` take the place of those that a Hub sends, or stand beside them. With `pause_seconds`
+    the body comes a byte at a time, for ten seconds at most; `repeated` sends it as often.
     """
 
     status: int = 200
@@ -35,6 +40,8 @@ class Answer(NamedTuple):
     body: bytes = json.dumps(CONFIG).encode()
     hangs: bool = False
     headers: tuple[tuple[str, str], ...] = ()
+    pause_seconds: float = 0
+    repeated: int = 1
 
 
 class Hub(ThreadingHTTPServer):
@@ -93,10 +100,26 @@ class Handler(BaseHTTPRequestHandler):
         )
         usual |= {"Content-Length": str(len(answer.body)), **dict(answer.headers)}
         for name, value in usual.items():
-            self.send_header(name, value)
+            if value:
+                self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            self.wfile.write(answer.body)
+            self.send_body(answer)
+
+    def send_body(self, answer):
+        """Send what the answer holds, until the other side has gone."""
+        until = time.monotonic() + 10
+        try:
+            for _ in range(answer.repeated):
+                pieces = [answer.body]
+                if answer.pause_seconds:
+                    pieces = [answer.body[at : at + 1] for at in range(len(answer.body))]
+                for piece in pieces:
+                    self.wfile.write(piece)
+                    if self.server.over.wait(answer.pause_seconds) or time.monotonic() > until:
+                        return
+        except OSError:
+            self.close_connection = True
 
     do_HEAD = do_GET  # noqa: N815 - the name that http.server calls
 
@@ -380,3 +403,98 @@ def test_a_redirect_that_leads_nowhere(hub, kvcalc, location, status):
     line = complaint(kvcalc("org/name", timeout=40))
     assert "org/name" in line
     assert "config.json" in line
+
+
+def timed(kvcalc, **environment):
+    """The complaint of a run, and the seconds that it took."""
+    began = time.monotonic()
+    line = complaint(kvcalc("org/name", timeout=60, **environment))
+    return line, time.monotonic() - began
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(Answer(pause_seconds=0.05, repeated=9), id="trickles"),
+        pytest.param(Answer(pause_seconds=9), id="stops"),
+        pytest.param(Answer(hangs=True), id="never begins"),
+        pytest.param(Answer(503, headers=(("Retry-After", "99"),)), id="is busy"),
+    ],
+)
+@pytest.mark.parametrize("first", [Answer(), None], ids=["body", "all"])
+def test_a_download_ends_in_time(hub, kvcalc, answer, first):
+    """However a Hub delays its answer, kvcalc is done in the time that is allowed."""
+    hub.answers = [first, answer] if first else [answer]
+    line, seconds = timed(kvcalc, KVCALC_HUB_TIMEOUT="2")
+    assert "org/name" in line
+    assert "config.json" in line
+    assert seconds < 2 + 4  # and what Python and huggingface_hub take to start
+
+
+def test_the_time_of_a_download_is_told_and_checked(hub, kvcalc):
+    """The message names the variable that allows more, and a value that is none is refused."""
+    hub.answers = [Answer(hangs=True)]
+    line, _ = timed(kvcalc, KVCALC_HUB_TIMEOUT="1")
+    assert "in 1 seconds: try again, raise KVCALC_HUB_TIMEOUT" in line
+    asked = len(hub.requests)
+    for value in ("0", "-1", "soon", "1.5", "9" * 30):
+        assert f"KVCALC_HUB_TIMEOUT '{value[:20]}" in timed(kvcalc, KVCALC_HUB_TIMEOUT=value)[0]
+    assert len(hub.requests) == asked
+
+
+def test_a_download_takes_under_half_a_minute_by_default():
+    """Without the variable a Hub has less than 30 seconds in all."""
+    assert TIMEOUT_SECONDS < 30
+
+
+LARGE = str(MAX_CONFIG_BYTES + 1)
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        pytest.param([Answer(headers=(("Content-Length", LARGE),))], id="as HEAD says"),
+        pytest.param([Answer(headers=(("X-Linked-Size", LARGE),))], id="as another field says"),
+        pytest.param([Answer(headers=(("Content-Length", "9" * 15),))], id="petabytes"),
+        pytest.param(
+            [
+                Answer(),
+                Answer(),
+                Answer(body=b" " * 2**20, repeated=17, headers=(("Content-Length", LARGE),)),
+            ],
+            id="as GET says",
+        ),
+        pytest.param(
+            [
+                Answer(headers=(("Content-Length", ""), ("Transfer-Encoding", "identity"))),
+                Answer(headers=(("Content-Length", ""),)),
+                Answer(body=b" " * 2**20, repeated=40, headers=(("Content-Length", ""),)),
+            ],
+            id="as nobody says",
+        ),
+    ],
+)
+def test_a_download_that_is_too_large(hub, kvcalc, tmp_path, answers):
+    """A config larger than any is refused, by what the Hub says of it or while it is read."""
+    hub.answers = answers
+    line, _ = timed(kvcalc)
+    assert "larger than 16,777,216 bytes" in line
+    kept = sum(path.stat().st_size for path in (tmp_path / "hf").rglob("*") if path.is_file())
+    assert kept <= MAX_CONFIG_BYTES
+
+
+def test_a_body_that_is_compressed(hub, kvcalc):
+    """What would be larger unpacked than it was on the way is not asked for, and not taken."""
+    hub.answers = [Answer(), Answer(), Answer(headers=(("Content-Encoding", "gzip"),))]
+    assert "is compressed" in timed(kvcalc)[0]
+
+
+@pytest.mark.parametrize("name", ["X-Repo-Commit", "ETag", "X-Linked-ETag"])
+@pytest.mark.parametrize("value", ["../../../outside", '"a/b"', "..", "a b", "x" * 300, "\xe9"])
+def test_a_header_field_that_is_no_word(hub, kvcalc, tmp_path, name, value):
+    """Fields that huggingface_hub makes paths of are plain words, or nothing is written."""
+    hub.answers = [Answer(headers=((name, value),))]
+    line, _ = timed(kvcalc)
+    assert "org/name" in line
+    assert "no plain word" in line
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from kvcalc import cli
-from kvcalc.errors import InputError
+from kvcalc.errors import InputError, OutputError
 from kvcalc.measure import models, profile, timed
 from kvcalc.measure.busy import covered
 from kvcalc.measure.interrupt import interrupts
@@ -185,6 +185,36 @@ def test_a_damaged_file_is_gone_on_with(tmp_path):
     assert file.row(whole["point"]) == whole
     assert file.parts(part["point"]) == [part]
     assert path.read_bytes() == before
+
+
+def test_a_link_to_what_is_not_there(tmp_path):
+    """Rows go where a link leads; where none follows, the link is as it was."""
+    path, target = tmp_path / "rows.jsonl", tmp_path / "target.jsonl"
+    path.symlink_to(target)
+    file = RowFile(path)
+    assert path.is_symlink()
+    assert not target.exists()
+    file.append({"whole": 1})
+    assert lines(target) == [{"whole": 1}]
+    lost = tmp_path / "lost.jsonl"
+    lost.symlink_to(tmp_path / "no-folder" / "target.jsonl")
+    with pytest.raises(OutputError, match="cannot write to "):
+        RowFile(lost)
+    assert lost.is_symlink()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("name", ["rows.jsonl", "link.jsonl"])
+def test_a_file_that_another_profile_writes(tmp_path, name, resume):
+    """Nobody else starts on a file, by no name of it, and its parts stay, until it is closed."""
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    file = RowFile(tmp_path / "rows.jsonl")
+    file.append_part({"model": "a"}, counted={})
+    with pytest.raises(OutputError, match="another profile is writing"):
+        RowFile(tmp_path / name, resume=resume)
+    assert len(lines(tmp_path / "rows.jsonl.parts")) == 1
+    file.close()
+    RowFile(tmp_path / name, resume=resume)
 
 
 def test_what_cannot_fit_is_refused_before_it_runs(loaded, monkeypatch):

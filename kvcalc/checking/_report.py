@@ -1,7 +1,8 @@
 """What is checked, what is found, and the report of both: shared by the other files here."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from kvcalc.errors import InputError, KvcalcError, UnsupportedError
@@ -151,6 +152,12 @@ class CheckReport(NamedTuple):
         if "fails" in statuses:
             return 1
         return 3 if statuses & {"refused", "open"} else 0
+
+    def files(self) -> Iterator[Path]:
+        """The files that models and GPUs are of, where they are given by path."""
+        for result in self.results:
+            model = Path(result.deployment.model)
+            yield from (model, model / "config.json", Path(result.deployment.gpu))
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON-ready data; the schema is `kvcalc.check/1`."""

@@ -2,6 +2,7 @@
 
 import datetime
 import fcntl
+import hashlib
 import json
 import os
 import platform
@@ -40,7 +41,15 @@ def conditions(device: torch.device) -> dict[str, Any]:
 @contextmanager
 def claimed(device: torch.device) -> Iterator[bool]:
     """Whether this is the only profile on a device; it is told to others until the end."""
-    path = Path(tempfile.gettempdir()) / f"kvcalc-profile-{device.type}{device.index or 0}.lock"
+    with _locked(
+        Path(tempfile.gettempdir()) / f"kvcalc-profile-{device.type}{device.index or 0}.lock"
+    ) as alone:
+        yield alone
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Whether nobody else has this lock; it is kept from others until the end."""
     with ExitStack() as stack:
         try:
             lock = stack.enter_context(path.open("a"))
@@ -60,8 +69,8 @@ class RowFile:
     a run that was killed goes on from there. With `resume` the rows and parts that are there
     already are found by `row` and `parts`.
 
-    Raises OutputError when made for a path that cannot be written; nothing is left there then, or
-    when no row follows.
+    Raises OutputError when made for a path that cannot be written, or that another profile is
+    writing; nothing is left there then, or when no row follows.
     """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
@@ -69,10 +78,12 @@ class RowFile:
         self._parts_path = path.with_name(path.name + ".parts")
         self._rows: dict[str, dict[str, Any]] = {}
         self._parts: dict[str, list[dict[str, Any]]] = {}
-        existed = os.path.lexists(path)
+        self._lock = _only_writer(path)
+        target = Path(os.path.realpath(path))  # a link may lead to what is not there yet
+        existed = os.path.exists(target)  # noqa: PTH110 - any name: one that is too long
         self._write(path, "")
         if not existed:
-            path.unlink()
+            target.unlink()
         if resume:
             for row in _read_lines(path):
                 if row.get("status") == "ok" and "point" in row:
@@ -81,7 +92,7 @@ class RowFile:
                 if _is_part(part):
                     self._parts.setdefault(_key(part["point"]), []).append(part)
         else:
-            self._parts_path.unlink(missing_ok=True)
+            self._forget_parts()
 
     def row(self, point: dict[str, Any]) -> dict[str, Any] | None:
         """The finished row of a point."""
@@ -101,7 +112,15 @@ class RowFile:
 
     def close(self) -> None:
         """All rows are written: their parts are not needed any more."""
-        self._parts_path.unlink(missing_ok=True)
+        self._forget_parts()
+        self._lock.close()
+
+    def _forget_parts(self) -> None:
+        try:
+            self._parts_path.unlink(missing_ok=True)
+        except OSError as error:
+            msg = f"cannot remove {self._parts_path}: {error.strerror}; choose another --out"
+            raise OutputError(msg) from None
 
     def _write(self, path: Path, text: str) -> None:
         try:
@@ -116,6 +135,17 @@ class RowFile:
         except OSError as error:
             msg = f"cannot write to {path}: {error.strerror}; choose another --out"
             raise OutputError(msg) from None
+
+
+def _only_writer(path: Path) -> ExitStack:
+    """What keeps others from writing a file of rows, and its parts, until it is closed or gone."""
+    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]
+    with ExitStack() as stack:
+        alone = stack.enter_context(_locked(Path(tempfile.gettempdir()) / f"kvcalc-rows-{name}"))
+        if not alone:
+            msg = f"another profile is writing {path}: wait for it, or choose another --out"
+            raise OutputError(msg)
+        return stack.pop_all()
 
 
 def _key(point: dict[str, Any]) -> str:

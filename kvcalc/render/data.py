@@ -1,7 +1,10 @@
 """Reports as JSON, CSV and Markdown, written straight to standard output."""
 
+import io
 import json
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,18 +38,42 @@ def json_text(data: dict[str, Any]) -> str:
 
 def write_json(data: dict[str, Any]) -> None:
     """One JSON object and a newline."""
-    sys.stdout.write(json_text(data))
+    write(json_text(data))
+
+
+def write(text: str) -> None:
+    """Data is written whole or not at all: Ctrl-C waits for the end of it."""
+    here = threading.current_thread() is threading.main_thread()  # no signal arrives elsewhere
+    if not here or not callable(signal.getsignal(signal.SIGINT)):  # or it is ignored
+        sys.stdout.write(text)
+        return
+    asked = False
+
+    def ask(*_: object) -> None:
+        nonlocal asked
+        asked = True
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def write_csv(reports: Sequence[SizeReport]) -> None:
     """A header and one row for each report; byte counts are integers."""
     import csv
 
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    lines = io.StringIO()
+    writer = csv.writer(lines, lineterminator="\n")
     writer.writerow(_CSV_COLUMNS)
     for report in reports:
         data = report.to_dict()
         writer.writerow([data[column] for column in _CSV_COLUMNS])
+    write(lines.getvalue())
 
 
 def write_markdown(reports: Sequence[SizeReport]) -> None:
@@ -62,4 +89,4 @@ def write_markdown(reports: Sequence[SizeReport]) -> None:
         f"| {report.total_bytes:,} | {format_bytes(report.bytes_per_rank)} |"
         for report in reports
     ]
-    sys.stdout.write("\n".join(lines) + "\n")
+    write("\n".join(lines) + "\n")

@@ -2,15 +2,16 @@
 and nowhere else).
 
 Its own settings apply: HF_TOKEN or a stored login, HF_ENDPOINT, HF_HUB_OFFLINE, HF_HUB_CACHE,
-HF_HUB_ETAG_TIMEOUT. Tokens never appear in a message.
+HF_HUB_ETAG_TIMEOUT. Tokens never appear in a message. A Hub is bounded by `hub_limits`.
 """
 
 import os
 import re
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from kvcalc.errors import (
@@ -23,7 +24,13 @@ from kvcalc.errors import (
 )
 from kvcalc.origin import Origin
 from kvcalc.sources import quantization
-from kvcalc.sources.local import hf_cache_folder, read_config, read_with_quantization
+from kvcalc.sources.hub_limits import bounded_answers, check_header, within_time
+from kvcalc.sources.local import (
+    MAX_CONFIG_BYTES,
+    hf_cache_folder,
+    read_config,
+    read_with_quantization,
+)
 from kvcalc.units import shown
 
 if TYPE_CHECKING:
@@ -35,6 +42,9 @@ Result = TypeVar("Result")
 
 ATTEMPTS = 3
 FIRST_WAIT_SECONDS = 0.5
+
+MAX_HEADERS_BYTES = 256 * 2**20
+"""Largest answer about weights: an index, or the header of a file, which may be sent whole."""
 
 _BAD_ADDRESS = ("UnsupportedProtocol", "InvalidURL", "InvalidSchema", "MissingSchema")
 _NETWORK_MODULES = ("httpx", "httpx2", "httpcore", "httpcore2", "requests", "urllib3")
@@ -50,6 +60,21 @@ def download(
     HubUnavailableError (offline, time-out, rate limit, server error).
     """
     _check_settings()
+    ask = partial(_download, model, revision=revision, hint=hint)
+    path = within_time(lambda deadline: ask(deadline=deadline), model)
+    config, notes = read_with_quantization(path)
+    return config, Origin(
+        requested=model,
+        resolved=model,
+        kind="hub",
+        detail=f"config.json at {revision or 'main'} ({path.parent.name[:12]})",
+        notes=notes,
+        commit=path.parent.name,
+    )
+
+
+def _download(model: str, *, revision: str | None, hint: str, deadline: float) -> Path:
+    """The path of a config.json in the local cache, with its hf_quant_config.json beside it."""
     from huggingface_hub import hf_hub_download
 
     def fetch() -> str:
@@ -64,19 +89,12 @@ def download(
             raise
         hf_hub_download(model, quantization.FILE, revision=path.parent.name)
 
-    check_reachable(model, revision=revision, hint=hint)
-    path = Path(_with_retries(fetch, model, revision, hint))
+    _reach(model, revision=revision, hint=hint, deadline=deadline)
+    bounds = Bounds(MAX_CONFIG_BYTES, deadline)
+    path = Path(_with_retries(fetch, model, revision, hint, bounds))
     if not quantization.is_declared(read_config(path)):
-        _with_retries(fetch_quantization, model, revision, hint)
-    config, notes = read_with_quantization(path)
-    return config, Origin(
-        requested=model,
-        resolved=model,
-        kind="hub",
-        detail=f"config.json at {revision or 'main'} ({path.parent.name[:12]})",
-        notes=notes,
-        commit=path.parent.name,
-    )
+        _with_retries(fetch_quantization, model, revision, hint, bounds)
+    return path
 
 
 def weights(model: str, *, commit: str) -> "Weights | None":
@@ -103,7 +121,12 @@ def weights(model: str, *, commit: str) -> "Weights | None":
             msg = f"the safetensors files of {model} have headers that cannot be read"
         raise InputError(msg)
 
-    found = _with_retries(fetch, model, commit, "")
+    found = within_time(
+        lambda deadline: _with_retries(
+            fetch, model, commit, "", Bounds(MAX_HEADERS_BYTES, deadline)
+        ),
+        model,
+    )
     if found is None:
         return None
     if not found.files_metadata:
@@ -129,12 +152,23 @@ def check_reachable(model: str, *, revision: str | None, hint: str = "") -> None
     A download that cannot connect retries for half a minute on its own; this fails in seconds.
     """
     _check_settings()
+    ask = partial(_reach, model, revision=revision, hint=hint)
+    within_time(lambda deadline: ask(deadline=deadline), model)
+
+
+def _reach(model: str, *, revision: str | None, hint: str, deadline: float) -> None:
     from huggingface_hub import logging
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     disable_progress_bars()
-    _with_retries(lambda: _ask(model, "config.json", revision=revision), model, revision, hint)
+    _with_retries(
+        lambda: _ask(model, "config.json", revision=revision),
+        model,
+        revision,
+        hint,
+        Bounds(MAX_CONFIG_BYTES, deadline),
+    )
 
 
 def _ask(model: str, file: str, *, revision: str | None) -> None:
@@ -142,16 +176,29 @@ def _ask(model: str, file: str, *, revision: str | None) -> None:
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
     url = hf_hub_url(model, file, revision=revision)
-    get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    found = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    fields = {"X-Repo-Commit": found.commit_hash, "ETag": found.etag, "X-Linked-Size": found.size}
+    check_header(model, fields, names=("X-Repo-Commit", "ETag"), most_bytes=MAX_CONFIG_BYTES)
+
+
+class Bounds(NamedTuple):
+    """Bytes of one answer, and when the last must have come, in seconds of `time.monotonic`."""
+
+    most_bytes: int
+    deadline: float
 
 
 def _with_retries(
-    action: Callable[[], Result], model: str, revision: str | None, hint: str
+    action: Callable[[], Result], model: str, revision: str | None, hint: str, bounds: Bounds
 ) -> Result:
+    def bounded() -> Result:
+        with bounded_answers(model, most_bytes=bounds.most_bytes, deadline=bounds.deadline):
+            return action()
+
     wait_seconds = FIRST_WAIT_SECONDS
     for _ in range(ATTEMPTS - 1):
         try:
-            return action()
+            return bounded()
         except KvcalcError:
             raise
         except Exception as error:  # noqa: BLE001 - every failure becomes one sentence
@@ -161,7 +208,7 @@ def _with_retries(
         time.sleep(wait_seconds)
         wait_seconds *= 2
     try:
-        return action()
+        return bounded()
     except KvcalcError:
         raise
     except Exception as error:  # noqa: BLE001 - likewise

@@ -499,9 +499,12 @@ def _profile(bench: Bench, tokens: int, strategies: str, warmup: int, repeats: i
             raise TimeoutError(msg)
 
     file = RowFile(bench.out)
-    for row in profile(bench.loaded, fitting, workload, file=file, in_turns=False, tell=tell):
-        bench.rows.append(row)
-        _tell_row(row)
+    try:
+        for row in profile(bench.loaded, fitting, workload, file=file, in_turns=False, tell=tell):
+            bench.rows.append(row)
+            _tell_row(row)
+    finally:
+        file.close()
 
 
 def _guess(bench: Bench, workload: "Workload") -> float:

@@ -1,6 +1,7 @@
 """The library's verbs: what `import kvcalc` offers, and what each command calls."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from enum import StrEnum
 from itertools import product
 from os import PathLike, fspath
@@ -258,6 +259,8 @@ def changes_that_fit(
         longest = min(longest, own)
     if 0 < longest < report.seq_tokens:
         found.append(f"--seq {longest}")
+    elif not longest:
+        found += _shorter_requests(model, report, deployment)
     if report.max_concurrency_range[0]:
         found.append(f"--concurrency {report.max_concurrency_range[0]}")
     return found
@@ -271,6 +274,31 @@ def _shorter_maximum(model: Model, report: "FitReport", deployment: Mapping[str,
     options = {**(deployment.get("options") or {}), "max_model_len": shorter}
     tried = fit(model, **{**deployment, "options": options})
     return [f"--option max_model_len={shorter}"] if tried.fits and tried.sure else []
+
+
+_FIXED = ("max_model_len", "n_ctx")
+"""Options that say beforehand how long requests are, so that shorter ones alone help nothing:
+vLLM's of one, llama.cpp's of all at once.
+"""
+
+
+def _shorter_requests(
+    model: Model, report: "FitReport", deployment: Mapping[str, Any]
+) -> list[str]:
+    """The longest requests for which a server starts that does not for its fixed length."""
+    options = dict(deployment.get("options") or {})
+    for name in _FIXED:
+        if not options.pop(name, None):
+            continue
+        with suppress(KvcalcError):  # an engine or a model that cannot
+            free = fit(model, **{**deployment, "options": options, "seq": 1})
+            longest = min(free.max_tokens_range[0], report.seq_tokens - 1)
+            length = longest * (report.concurrency if name == "n_ctx" else 1)
+            fixed = {**deployment, "options": {**options, name: length}, "seq": longest}
+            tried = fit(model, **fixed)
+            if tried.fits and tried.sure:
+                return [f"--seq {longest} --option {name}={length}"]
+    return []
 
 
 def _larger_gpus(gpu: "str | Gpu") -> "list[Gpu]":

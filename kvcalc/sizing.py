@@ -225,7 +225,8 @@ def size_architecture(
             *origin.notes,
             *_inferred_note(architecture),
             *_prediction_note(architecture, mtp),
-            *_notes(architecture, seq_tokens=seq_tokens, pp=pp, dtype=dtype),
+            *_payload_note(architecture, plan, runtime),
+            *_notes(architecture, seq_tokens=seq_tokens, pp=pp),
             *_replication_note(total_bytes - unsharded_bytes),
         ),
         provenance="inferred from fields" if architecture.family == INFERRED else "exact",
@@ -484,11 +485,14 @@ def _segments(stored: Sequence[_StoredLayer]) -> tuple[Segment, ...]:
     return tuple(segments)
 
 
-def _notes(
-    architecture: Architecture, *, seq_tokens: int, pp: int, dtype: StorageFormat
-) -> Iterator[str]:
-    if dtype.name in PAYLOAD_ONLY:
-        yield f"{dtype.name} counts the payload alone, without scales"
+def _payload_note(architecture: Architecture, plan: Plan, engine: Engine) -> Iterator[str]:
+    counts_scales = getattr(engine, "counts_scales", None)
+    if plan.dtype.name not in PAYLOAD_ONLY or (counts_scales and counts_scales(architecture, plan)):
+        return
+    yield f"{plan.dtype.name} counts the payload alone, without scales"
+
+
+def _notes(architecture: Architecture, *, seq_tokens: int, pp: int) -> Iterator[str]:
     if beyond := beyond_maximum(architecture, seq_tokens):
         yield beyond
     if len(architecture.layers) % pp:

@@ -467,6 +467,28 @@ def test_no_file_that_is_read_is_written_over(option, link, read, tmp_path, monk
     assert cli.run(["check", option, "other"]) == 0
 
 
+@pytest.mark.parametrize(
+    ("requirement", "said"),
+    [
+        ("kv_bytes_per_token <= 2048", "write 2048B or 2048KiB"),
+        ("kv_bytes_per_token <= 1_000_000_000", "write 1_000_000_000B"),
+        ("kv_bytes_per_token <= 5%", "write 128 KiB"),
+        ("kv_bytes_per_token", "write kv_bytes_per_token <= 128 KiB"),
+        ("needed <= 20", "write 20GiB, 20GB or 20B"),
+        ("needed <= 21474836480", "write 21474836480B"),
+        ("weights", "write weights <= 20 GiB"),
+    ],
+)
+def test_units_are_those_of_the_figure(requirement, said, tmp_path, capsys):
+    """What is written without a unit, or wrongly, is answered with units that it may have had."""
+    path = tmp_path / "kvcalc.yaml"
+    path.write_text(
+        f"deployments: {{a: {{model: llama-3-8b, kv_memory: 1GiB, require: ['{requirement}']}}}}\n"
+    )
+    assert cli.run(["check", str(path)]) == 2
+    assert capsys.readouterr().err.endswith(f"{said}\n")
+
+
 def test_a_file_to_start_from(tmp_path, monkeypatch, capsys):
     """`--init` writes a file that holds as it is, and never writes over one."""
     monkeypatch.chdir(tmp_path)

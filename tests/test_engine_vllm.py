@@ -232,6 +232,29 @@ def test_formats_of_latents_with_an_indexer(dtype, options, row):
     assert pool("deepseek-ai/DeepSeek-V3", 64, dtype="fp8").needed_bytes == 64 * 61 * 576
 
 
+@pytest.mark.parametrize(
+    ("engine", "model", "dtype", "options", "said"),
+    [
+        ("vllm", "deepseek-v3.2", "fp8", {}, False),
+        ("vllm", "deepseek-v3.2", "fp8", {"fp8_ds_mla": "false"}, True),
+        ("vllm", "deepseek-v3", "fp8", {}, True),
+        ("vllm", "llama-3-8b", "fp8", {}, True),
+        ("vllm", "llama-3-8b", "fp8", {"per_token_head": "true"}, False),
+        ("vllm", "llama-3-8b", "int8", {}, False),
+        ("vllm", "llama-3-8b", "int4", {}, False),
+        ("sglang", "deepseek-v3.2", "fp8", {}, False),
+        ("sglang", "deepseek-v3.2", "fp8", {"dsa_trtllm": "true"}, True),
+        ("sglang", "deepseek-v3", "fp8", {}, True),
+        ("tensorrt-llm", "llama-3-8b", "fp8", {}, True),
+        ("model", "deepseek-v3.2", "fp8", {}, True),
+    ],
+)
+def test_the_payload_alone_is_said_where_it_is_counted(engine, model, dtype, options, said):
+    """A note says that scales are left out, but not where the rows of an engine hold them."""
+    report = kvcalc.size(model, seq="4k", engine=engine, kv_dtype=dtype, options=options)
+    assert any("payload alone" in note for note in report.notes) == said
+
+
 def test_indexers_that_are_shared_have_no_page():
     """GLM-5.2: 21 of 78 layers own an indexer."""
     assert pool("zai-org/GLM-5.2", 64, dtype="fp8").needed_bytes == 64 * (78 * 656 + 21 * 132)

@@ -248,6 +248,34 @@ def test_a_number_without_a_unit_is_asked_for_one(said):
         kvcalc.fit(MODEL, kv_memory=said, seq="8k")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        "vllm serve meta-llama/Llama-3.1-8B --max-model-len 65536",
+        "vllm serve meta-llama/Llama-3.1-8B",
+        "llama-server -hf meta-llama/Llama-3.1-8B -c 65536",
+        "llama-server -hf meta-llama/Llama-3.1-8B -c 131072 -np 2",
+    ],
+)
+def test_a_fixed_length_is_answered_with_the_one_that_fits(command, capsys):
+    """Where a server does not start for the length that it is given, the longest that it starts for
+    is named; a little more is too much.
+    """
+    number = 2 if "-np" in command else 1
+    deployment = ["fit", "--kv-memory", "3GiB", "--concurrency", str(number), "--from", command]
+    assert cli.run([*deployment, "--json"]) == 1
+    changes = json.loads(capsys.readouterr().out)["changes_that_fit"]
+    (change,) = [change for change in changes if change.startswith("--seq")]
+    _, tokens, _, option = change.split()
+    name, length = option.split("=")
+    assert int(tokens) > 4096
+    assert int(length) == int(tokens) * (number if name == "n_ctx" else 1)
+    assert cli.run([*deployment, *change.split(), "--json"]) == 0
+    more = int(tokens) + 256
+    longer = ["--seq", str(more), "--option", f"{name}={more * int(length) // int(tokens)}"]
+    assert cli.run([*deployment, *longer, "--json"]) == 1
+
+
 def test_what_would_make_it_fit_does(capsys):
     """Each change that is named makes the deployment fit, alone."""
     deployment = ["fit", MODEL, "--gpu", "rtx-4090", "--reserve", "1GiB", "--concurrency", "10"]

@@ -286,9 +286,17 @@ def _tokens(said: str, name: str) -> int:
 
 def _bytes(said: str, name: str) -> int:
     if re.fullmatch(r"[0-9_.]+", said):
-        msg = f"{shown(said)} has no unit: write {said}GiB, {said}GB or {said}B"
+        *others, last = [f"{said}{unit}" for unit in _units(said, name)]
+        msg = f"{shown(said)} has no unit: write {', '.join(others)}{' or ' * bool(others)}{last}"
         raise InputError(msg)
     return parse_bytes(said, name=name)
+
+
+def _units(said: str, name: str) -> tuple[str, ...]:
+    """Those that a number may have been meant in."""
+    if len(said.partition(".")[0].replace("_", "")) > 7:
+        return ("B",)
+    return ("B", "KiB") if name == _SMALL else ("GiB", "GB", "B")
 
 
 def _share(said: str) -> Fraction:
@@ -303,6 +311,14 @@ def _requirement(place: Place, node: Node) -> Requirement:
     return Requirement(place, " ".join(said.split()), *_placed(place, _asked, said))
 
 
+_SMALL = "kv_bytes_per_token"
+"""The figure that is no gigabytes."""
+
+
+def _example(name: str) -> str:
+    return "128 KiB" if name == _SMALL else "20 GiB"
+
+
 @cache
 def _asked(said: str) -> tuple[str, str, int | Fraction]:
     """The figure, the comparison and the bound of a requirement."""
@@ -313,7 +329,7 @@ def _asked(said: str) -> tuple[str, str, int | Fraction]:
         raise InputError(msg)
     kind = FIGURES[name].kind
     if match is None or (match[2] is None) != (kind == "flag"):
-        wanted = {"count": f"{name} >= 24", "bytes": f"{name} <= 20 GiB", "flag": name}
+        wanted = {"count": f"{name} >= 24", "bytes": f"{name} <= {_example(name)}", "flag": name}
         example = wanted.get(kind, f"{name} >= 10%")
         msg = f"{shown(said)} is no requirement; write {example}"
         raise InputError(msg)
@@ -324,7 +340,7 @@ def _asked(said: str) -> tuple[str, str, int | Fraction]:
     if not match[3].endswith("%"):
         return name, match[2], _bytes(match[3], name)
     if kind == "bytes":
-        msg = f"{name} is a number of bytes, not a part: write 20 GiB"
+        msg = f"{name} is a number of bytes, not a part: write {_example(name)}"
         raise InputError(msg)
     return name, match[2], _share(match[3])
 

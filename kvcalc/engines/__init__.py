@@ -48,7 +48,8 @@ class Engine(Protocol):
     to pools before requests come has `holds(architecture, plan, needed_bytes, available_bytes)`:
     whether these hold the plan's requests, which need so many bytes. An engine whose options
     bound what there is room for has `check_point(architecture, plan)`, which raises InputError for
-    tokens or a batch beyond that.
+    tokens or a batch beyond that. One whose rows may have scales has `counts_scales(architecture,
+    plan)`: whether those of this plan do.
     """
 
     OPTIONS: Mapping[str, Option]

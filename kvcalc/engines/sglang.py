@@ -352,6 +352,11 @@ def _limits(architecture: Same[Architecture], options: Same[Options]) -> tuple[P
     return pools, _per_request(architecture.it, options.it) if states else 0
 
 
+def counts_scales(architecture: Architecture, plan: Plan) -> bool:
+    """Whether latents have scales: in fp8 those of sparse attention, but for one kernel's."""
+    return _is_sparse(architecture) and plan.dtype.name == "fp8" and not plan.options["dsa_trtllm"]
+
+
 def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer, ...]:
     """Slots for rows and states.
 
@@ -366,12 +371,7 @@ def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer
     pools = _pools(architecture, parts, options)
     if plan:
         _check_format(parts, plan.dtype, sparse=_is_sparse(architecture), hybrid=hybrid)
-    scaled = (
-        _is_sparse(architecture)
-        and plan is not None
-        and plan.dtype.name == "fp8"
-        and not options["dsa_trtllm"]
-    )
+    scaled = plan is not None and counts_scales(architecture, plan)
     ssm = FORMATS[options["mamba_ssm_dtype"]]
     if ssm.name not in ("fp32", "bf16", "fp16"):
         msg = f"SGLang keeps recurrent states in fp32, bf16 or fp16, not {ssm.name}"

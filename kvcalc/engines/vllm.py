@@ -427,6 +427,14 @@ def _largest_stage(pages: Sequence[int], pp: int) -> int:
     return max(sizes)
 
 
+def counts_scales(architecture: Architecture, plan: Plan) -> bool:
+    """Whether rows have scales: of each token and head, or in packed latents."""
+    if plan.dtype.name != "fp8" or plan.options["per_token_head"]:
+        return plan.dtype.name in ("fp8", "int8", "int4")
+    parts = (part for layer in architecture.layers for part in layer.parts())
+    return bool(plan.options["fp8_ds_mla"]) and any(isinstance(part, IndexKeys) for part in parts)
+
+
 def lay_out(architecture: Architecture, plan: Plan | None = None) -> tuple[Layer, ...]:
     """Pages of each layer, those of prediction layers, and what groups are padded with."""
     if plan is None:

@@ -374,10 +374,10 @@ def test_packed_tokens_are_tensors():
     assert key.shape == (1, 2, 13, 16)
     assert key.dtype == torch.float32
     for found, expected in (
-        (key + 1, key.dense() + 1),
-        (key.transpose(1, 2), key.dense().transpose(1, 2)),
-        (torch.cat([key, key]), torch.cat([key.dense()] * 2)),
-        (key[:, :, -3:], key.dense()[:, :, -3:]),
+        (key + 1, key.made() + 1),
+        (key.transpose(1, 2), key.made().transpose(1, 2)),
+        (torch.cat([key, key]), torch.cat([key.made()] * 2)),
+        (key[:, :, -3:], key.made()[:, :, -3:]),
     ):
         assert type(found) is torch.Tensor
         assert torch.equal(found, expected)

@@ -185,7 +185,7 @@ def published_ceilings(device: torch.device, dtype: str) -> Ceilings | None:
 
 @cache
 def device_ceilings(device: torch.device, dtype: str) -> Ceilings:
-    """What a copy and a matrix product reach, of random numbers: of ones a GPU is faster."""
+    """What a copy and a product of random matrices reach: with ones a GPU multiplies faster."""
     kind, side = TORCH_DTYPES[dtype], _PROBE_SIDE[device.type]
     num_bytes = min(_PROBE_BYTES[device.type], free_memory(device) // 4)
     source = torch.empty(num_bytes // kind.itemsize, dtype=kind, device=device).fill_(1)

@@ -187,8 +187,8 @@ def widest(model: PreTrainedModel, name: str) -> int | None:
 
 
 def _check_keeps(model: PreTrainedModel, architecture: Architecture) -> None:
-    """Run two tokens: raise UnsupportedError for a model that does not run on tokens alone, or that
-    keeps something elsewhere than in the cache it is given.
+    """Run three tokens: raise UnsupportedError for a model that does not run on tokens alone, or
+    that keeps something elsewhere than in the cache it is given.
 
     It is a GPU's first work, too, whose libraries keep memory for themselves from then on: no
     strategy's peak has that in it.
@@ -281,9 +281,9 @@ def _random(
     hf_config = _hf_config(config)
     if type(hf_config) not in AutoModelForCausalLM._model_mapping:  # noqa: SLF001 - no other list
         msg = (
-            f"profile runs what AutoModelForCausalLM builds, and transformers "
+            "profile runs what AutoModelForCausalLM builds, and transformers "
             f"{transformers_version()} has no such class for model_type {config['model_type']!r}; "
-            f"kvcalc size and kvcalc fit take it"
+            "kvcalc size and kvcalc fit take it"
         )
         raise UnsupportedError(msg)
     try:

@@ -59,6 +59,10 @@ def new_row(
     }
 
 
+_LACKING = ("not implemented for '", "Could not run '", "not currently implemented for")
+"""What torch says of an operation that it has not, for a dtype or a device."""
+
+
 def went_wrong(error: Exception, row: Mapping[str, Any]) -> tuple[str, str]:
     """Status and reason for what a strategy raised."""
     if isinstance(error, KvcalcError):
@@ -68,7 +72,7 @@ def went_wrong(error: Exception, row: Mapping[str, Any]) -> tuple[str, str]:
         cache = f"the cache alone takes {predicted:,} bytes; " if predicted else ""
         return "out_of_memory", f"{cache}use a shorter --seq, a smaller --batch, or --layers N"
     told = " ".join(str(error).split())
-    if isinstance(error, NotImplementedError) or "not implemented for" in told:
+    if any(words in told for words in _LACKING):
         return "refused", f"torch {torch.__version__} has no such operation here: {told:.200}"
     return "failed", f"{type(error).__name__}: {told:.200}"
 

@@ -8,8 +8,7 @@ Several runs are summed up by median and interquartile range.
 
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -42,31 +41,23 @@ class Run(NamedTuple):
 
 
 class Meter:
-    """The energy of a stretch: `joules`, None where nobody counts or it was too short."""
+    """The energy of a stretch of work, which must have waited for its device at the end."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._start, self._start_ns = nvml.energy_joules(device), time.perf_counter_ns()
-        self.joules: float | None = None
 
     def wants_more(self) -> bool:
         """Whether more of the same work would make a figure of it."""
         lasted = (time.perf_counter_ns() - self._start_ns) / 1e9
         return self._start is not None and lasted < SHORTEST_ENERGY_SECONDS
 
-    def read(self) -> None:
-        """At the end of the stretch, when the device has done all of it."""
+    def joules(self) -> float | None:
+        """Since the start; None where nobody counts, or it was too short."""
         end = nvml.energy_joules(self._device)
-        if self._start is not None and end is not None and not self.wants_more():
-            self.joules = end - self._start
-
-
-@contextmanager
-def metered(device: torch.device) -> Iterator[Meter]:
-    """Measure the energy of the enclosed work, which must wait for its device at the end."""
-    meter = Meter(device)
-    yield meter
-    meter.read()
+        if self._start is None or end is None or self.wants_more():
+            return None
+        return end - self._start
 
 
 class Clock:
@@ -107,21 +98,23 @@ def time_once(loaded: LoadedModel, chosen: ChosenStrategy, workload: Workload, f
         clock.mark()
         logits = session.prefill(feed.prompt)
         clock.mark()
-        state = nvml.state(loaded.device)  # which takes no longer than the prefill does
+        state = nvml.state(loaded.device)  # as it works on the prefill
         clock.wait()
         session.prepare_decode(logits)
         clock.wait()
-        with metered(loaded.device) as meter:
+        meter = Meter(loaded.device)
+        clock.mark()
+        for step in feed.steps:
+            session.decode(step)
             clock.mark()
-            for step in feed.steps:
-                session.decode(step)
-                clock.mark()
-            prefill, _, *steps = clock.seconds()
-            repeats = 0
-            while meter.wants_more() and session.repeat_step():
-                repeats += 1
-                clock.wait()
-        joules = meter.joules and meter.joules / (workload.batch * (len(steps) + repeats))
+        prefill, _, *steps = clock.seconds()
+        num_steps = len(steps)
+        while meter.wants_more() and session.repeat_step():
+            num_steps += 1
+            clock.wait()
+        joules = meter.joules()
+        if joules is not None:
+            joules /= workload.batch * num_steps
         mode = session.mode + ", fused attention" * bool(calls["fused"])
     return Run(prefill, steps, mode, state, joules, dict(calls))
 

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from kvcalc.strategies import _plain_attention
 from kvcalc.strategies._plain_attention import (
     MOST_WIDTH,
     SMALLEST_DOT,
+    StandIn,
     attends_by_sdpa,
     causal_mask,
     combine,
@@ -53,18 +53,12 @@ multiprocessors of an H100 or H200: as many as run at the same time.
 """
 
 
-class PackedTokens(Tensor):
-    """Keys or values of all tokens, [batch, KV heads, tokens, width]: packed groups and the tail.
-
-    Whatever computes with it gets it dequantised; only `attention` looks at what is inside.
-    """
+class PackedTokens(StandIn):
+    """Keys or values of all tokens [batch, KV heads, tokens, width]: packed groups and the tail."""
 
     packed: "Packed"
     tail: Tensor
     bits: int
-
-    # torch's way to have __torch_dispatch__ alone, so that shapes are looked up without it.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
 
     def __new__(cls, packed: "Packed", tail: Tensor, bits: int) -> Self:
         """Without a storage of its own, of the shape and dtype it stands for."""
@@ -76,21 +70,8 @@ class PackedTokens(Tensor):
         made.packed, made.tail, made.bits = packed, tail, bits
         return made
 
-    @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls,
-        func: Any,  # noqa: ANN401 - torch's signature
-        types: Any,  # noqa: ANN401
-        args: Any = (),  # noqa: ANN401
-        kwargs: Any = None,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
-        """Run an operation on the dequantised tokens."""
-        del types
-        args, kwargs = tree_map_only(PackedTokens, PackedTokens.dense, (args, kwargs or {}))
-        return func(*args, **kwargs)
-
-    def dense(self) -> Tensor:
-        """The tokens as an ordinary tensor."""
+    def made(self) -> Tensor:
+        """The tokens dequantised."""
         return dequantised(self.packed, self.tail, self.bits)
 
 
@@ -163,7 +144,7 @@ def attention(
         _plain_attention.calls["fused"] += 1
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return attend(query, key, value, scaling=scale), None
-    key, value = (one.dense() if isinstance(one, PackedTokens) else one for one in (key, value))
+    key, value = (one.made() if isinstance(one, PackedTokens) else one for one in (key, value))
     return _plain_attention.attention(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
     )

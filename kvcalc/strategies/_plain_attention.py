@@ -52,27 +52,13 @@ COMBINED_SPLITS, COMBINED_CHANNELS = 256, 32
 """What a program that combines splits reads at a time, of one query."""
 
 
-class CausalMask(Tensor):
-    """A mask [batch, 1, new tokens, rows] of which query i sees the first `visible` - new tokens
-    + i + 1 rows.
-
-    `visible`, the rows that the last query sees, is on the device where it is counted there.
-    Whatever computes with the mask gets it made; only `attention` looks at what is inside.
+class StandIn(Tensor):
+    """A tensor without a storage that knows what it stands for: whatever computes with it gets that
+    `made`, and only a function of ours looks at what is inside.
     """
-
-    visible: int | Tensor
-    _made: Tensor | None
 
     # torch's way to have __torch_dispatch__ alone, so that shapes are looked up without it.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001
-
-    def __new__(cls, shape: tuple[int, int, int, int], visible: int | Tensor, device: Any) -> Self:  # noqa: ANN401
-        """Without a storage of its own."""
-        mask: Self = Tensor._make_wrapper_subclass(  # noqa: SLF001
-            cls, shape, dtype=torch.bool, device=device
-        )
-        mask.visible, mask._made = visible, None
-        return mask
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -82,10 +68,33 @@ class CausalMask(Tensor):
         args: Any = (),  # noqa: ANN401
         kwargs: Any = None,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Run an operation on the mask itself."""
+        """Run an operation on what is stood for."""
         del types
-        args, kwargs = tree_map_only(CausalMask, CausalMask.made, (args, kwargs or {}))
+        args, kwargs = tree_map_only(StandIn, lambda one: one.made(), (args, kwargs or {}))
         return func(*args, **kwargs)
+
+    def made(self) -> Tensor:
+        """What it stands for, as an ordinary tensor."""
+        raise NotImplementedError
+
+
+class CausalMask(StandIn):
+    """A mask [batch, 1, new tokens, rows] of which query i sees the first `visible` - new tokens
+    + i + 1 rows.
+
+    `visible`, the rows that the last query sees, is on the device where it is counted there.
+    """
+
+    visible: int | Tensor
+    _made: Tensor | None
+
+    def __new__(cls, shape: tuple[int, int, int, int], visible: int | Tensor, device: Any) -> Self:  # noqa: ANN401
+        """Without a storage of its own."""
+        mask: Self = Tensor._make_wrapper_subclass(  # noqa: SLF001
+            cls, shape, dtype=torch.bool, device=device
+        )
+        mask.visible, mask._made = visible, None
+        return mask
 
     def made(self) -> Tensor:
         """The mask as an ordinary tensor, made once."""
@@ -244,9 +253,10 @@ def split_tokens(*, capacity: int, heads: int) -> int:
 def constants(*, queries: int, key_dim: int, value_dim: int, element_bytes: int) -> dict[str, int]:
     """What the kernel `attend_splits` is compiled for, and with how many warps and stages.
 
-    For sm_90, bf16 and width 128 that are 88 registers and 70 KiB of shared memory: three programs
-    on a multiprocessor with 64 KiB each on their way, several times what hides the latency of
-    memory. Twice the tokens of fp32 spill (benchmarks/compiled_kernels.py).
+    For sm_90, bf16 and width 128 that are 80 to 86 registers and 70 KiB of shared memory, and 25
+    instructions a token and KV head of the 124 that can be issued while its bytes are read
+    (benchmarks/compiled_kernels.py): three programs on a multiprocessor, with 64 KiB each on their
+    way. In fp32, and for wider heads, a block of as many tokens has too few registers.
     """
     block_tokens = 16 if element_bytes == 4 else 32 if max(key_dim, value_dim) > 128 else 64
     return {

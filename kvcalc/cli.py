@@ -4,12 +4,9 @@
 status (0 done, 1 a check or prediction failed, 2 bad input, 3 refused, 70 a bug).
 """
 
-import codecs
 import gc
-import io
 import os
 import re
-import select
 import signal
 import stat
 import sys
@@ -17,11 +14,11 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TextIO
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from kvcalc import __version__
+from kvcalc import __version__, streams
 from kvcalc.errors import EXIT_BUG, InputError, KvcalcError, OutputError, UnsupportedError
 from kvcalc.units import check_count, parse_tokens, shown
 
@@ -30,8 +27,6 @@ EXIT_FAILED = 1
 
 ALL = "all"
 """What users type for every engine or strategy."""
-
-_PLAIN = {"×": "x", "±": "+/-", "≥": ">=", "…": "..."}
 
 OPTION_ALIASES = {
     "--context": "--seq",
@@ -560,13 +555,7 @@ def _global_options(
 
 def main() -> NoReturn:
     """Run the command line and exit with its status."""
-    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass  # closed by the caller: no file that is opened later may take its place
-    os.close(spare)
-    codecs.register_error("plain", _plain)
-    sys.stdin = sys.stdin or open(0, encoding="utf-8")  # noqa: SIM115 - till the end
-    sys.stdout = _text_output(sys.stdout, 1)
-    sys.stderr = _text_output(sys.stderr, 2)
+    streams.take_over()
     status = run(sys.argv[1:] or ["--help"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the end is near, and its status known
     if "torch" in sys.modules:
@@ -574,46 +563,6 @@ def main() -> NoReturn:
     # Nothing is left to clean up, and taking the interpreter apart object by object would cost a
     # sixth of the whole run.
     os._exit(status)
-
-
-class _Output(io.FileIO):
-    """Standard output or error. What its reader left unread is dropped, and so is what standard
-    error cannot take: the command goes on, writes its files, and ends with its own status.
-
-    OutputError where standard output cannot be written (a full disk).
-    """
-
-    def write(self, data: Any, /) -> int:  # noqa: ANN401 - any buffer
-        try:
-            while (written := super().write(data)) is None:  # a full pipe that does not block
-                select.select([], [self], [])
-        except OSError as error:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
-            if not isinstance(error, BrokenPipeError) and self.fileno() == 1:
-                msg = f"cannot write the output: {error.strerror}"
-                raise OutputError(msg) from None
-            return len(data)
-        return written
-
-
-def _text_output(stream: TextIO | None, number: int) -> TextIO:
-    """A standard stream as before, of our own kind; of one that was closed, one to nowhere."""
-    if stream is not None and not isinstance(stream, io.TextIOWrapper):
-        return stream
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Output(number, "w", closefd=False)),
-        encoding=stream.encoding if stream else "utf-8",
-        errors="plain",
-        line_buffering=stream is not None and (stream.line_buffering or stream.write_through),
-    )
-
-
-def _plain(error: UnicodeError) -> tuple[str, int]:
-    """Spell out the signs that a terminal's encoding does not have."""
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    signs = error.object[error.start : error.end]
-    return "".join(_PLAIN.get(sign, "?") for sign in signs), error.end
 
 
 def run(arguments: list[str]) -> int:

@@ -52,7 +52,7 @@ def test_sizing_loads_nothing_heavy(model, tmp_path):
 
 RANKS = (
     ("errors",),
-    ("units", "data"),
+    ("units", "data", "streams"),
     ("dtypes", "origin", "releases", "strict_yaml"),
     ("layers", "config"),
     ("families", "strategies"),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# transformers 5.23.0, torch 2.13.0: MambaForCausalLM (Mamba-2 alike) calls its cache `cache_params`.
+# transformers 5.23.0, torch 2.13.0: MambaForCausalLM calls its cache `cache_params`.
 # Handed one as `past_key_values`, the argument of every other decoder, it runs without a word,
 # and leaves that cache empty: it went into **kwargs, and a cache of the model's own took its place.
 # A decode loop that passes its cache by the usual name so decodes every token without a past.

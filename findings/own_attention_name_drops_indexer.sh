@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # transformers 5.23.0, torch 2.13.0: DeepSeek-V3.2 attends to the tokens that its indexer chose by a
-# mask, which its modeling file makes only where the attention is called `sdpa` or `eager`. An
+# mask, which its modeling file makes where the attention is called `sdpa`. An
 # attention function that is registered under a name of one's own (AttentionInterface.register, as
 # transformers' documentation shows it), be it transformers' own sdpa function, gets no such mask:
 # the model attends to all tokens, and says nothing.
